@@ -1,0 +1,44 @@
+# The first two commands of the README, `make bench` and `make test`, start from nothing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+ROUTING := benchmarks/routing_bytes_e256_k8.npz
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh)
+# Arguments of the benchmark: make bench ARGS="--ranks 4 --wire all"
+ARGS ?=
+
+.PHONY: bench test check compile format clean
+.DELETE_ON_ERROR:
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,test,dev]'
+	touch $@
+
+bench: $(INSTALLED)
+	$(RUN) -m moe_a2a bench --preset deepseek-v3 --routing $(ROUTING) $(ARGS)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/codespell
+	@git ls-files '*.py' 'csrc/*' | xargs wc -l | awk \
+	  '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines, at most 400"; bad = 1 } END { exit bad }'
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+# Every CUDA source for every architecture, without a GPU.
+compile: $(INSTALLED)
+	$(RUN) -m moe_a2a._build
+
+clean:
+	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis

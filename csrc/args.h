@@ -1,0 +1,47 @@
+// The one argument of each kernel launcher: raw pointers and strides, checked by bind.cc.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace moe_a2a {
+
+// Order of moe_a2a.formats.FORMATS; a test compares the two.
+enum Wire : int { kBf16, kFp16, kFp8, kFp8Block128, kMxfp8, kNvfp4, kMxfp4, kFp32 };
+
+enum Scalar : int { kScalarBf16, kScalarFp16, kScalarFp32 };
+
+// Rows whose elements are contiguous; `stride` in bytes from row to row.
+struct Rows {
+  const uint8_t* data;
+  int64_t stride;
+  const uint8_t* row(int64_t i) const { return data + i * stride; }
+};
+
+struct DispatchArgs {
+  int64_t tokens;    // T
+  int64_t max_rows;  // R
+  Rows payload;
+  Rows scales;  // data is null unless the caller quantized
+  Rows ids;
+  Rows weights;
+  Rows extra[kMaxExtras];
+  int32_t* counts;  // [W], written when the dispatch is complete
+  int wire;         // what travels
+  int input;        // Scalar to quantize from, or -1: the bytes move as they are
+  bool wide_ids;    // int64, else int32
+  bool deferred;
+  float global_scale;  // encode scale of nvfp4
+  uint64_t active;
+};
+
+struct CombineArgs {
+  const uint8_t* y;
+  int64_t source_stride, row_stride;  // bytes
+  uint8_t* out;
+  int64_t out_stride;  // bytes
+  int scalar;          // dtype of y and out
+};
+
+}  // namespace moe_a2a

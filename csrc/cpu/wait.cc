@@ -1,0 +1,169 @@
+// Announcing a round to the peers, and waiting, for a bounded time, until they have announced
+// theirs.
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <ctime>
+
+#include "endpoint.h"
+
+namespace moe_a2a::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int64_t kGraceNs = 500'000'000;  // for the posts of other ranks whose wait expired
+
+int64_t since_ns(Clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+}
+
+// Not FUTEX_PRIVATE: the word is in memory that processes share.
+void futex_wait(std::atomic<uint32_t>& word, uint32_t seen, int64_t ns) {
+  const timespec limit{ns / 1'000'000'000, ns % 1'000'000'000};
+  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &limit, nullptr, 0);
+}
+
+// The count is raised before `sleeping` is read, and a waiter raises `sleeping` before the kernel
+// compares the count: whichever comes first, either the waker sees the sleeper or the kernel
+// sees the new count. Both are sequentially consistent for that.
+void ring(Header& header) {
+  header.doorbell.fetch_add(1, std::memory_order_seq_cst);
+  if (header.sleeping.load(std::memory_order_seq_cst) != 0)
+    syscall(SYS_futex, &header.doorbell, FUTEX_WAKE, 1, nullptr, nullptr, 0);
+}
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Waits until `ready()` or until `ns` have passed: spins for the endpoint's spin time, gives the
+// core away a few times, then sleeps on the doorbell.
+template <class Ready>
+bool wait_for(Endpoint& e, int64_t ns, Ready ready) {
+  const auto start = Clock::now();
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (ready()) return true;
+      pause_briefly();
+    }
+  } while (since_ns(start) < std::min(ns, e.spin_ns));
+  for (int i = 0; i < 4; ++i) {
+    if (ready()) return true;
+    sched_yield();
+  }
+  Header& header = e.header(e.rank);
+  for (;;) {
+    const uint32_t seen = header.doorbell.load(std::memory_order_seq_cst);
+    header.sleeping.store(1, std::memory_order_seq_cst);
+    const int64_t left = ns - since_ns(start);
+    const bool done = ready();
+    if (!done && left > 0) futex_wait(header.doorbell, seen, left);
+    header.sleeping.store(0, std::memory_order_seq_cst);
+    if (done || ready()) return true;
+    if (left <= 0) return false;
+  }
+}
+
+template <class T>
+T load_acquire(const T& word) {
+  return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
+}
+
+uint64_t missing_ranks(const Endpoint& e, ControlRow row) {
+  uint64_t missing = 0;
+  for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
+    // Acquire pairs with the release in announce(): this source's rows are visible after it.
+    if (load_acquire(e.line<Arrival>(e.rank, row, peer).epoch) != e.epoch)
+      missing |= uint64_t{1} << peer;
+  });
+  return missing;
+}
+
+uint64_t posters(const Endpoint& e) {
+  uint64_t mask = 0;
+  for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
+    if (load_acquire(e.line<Post>(e.rank, kPost, peer).generation) == e.generation)
+      mask |= uint64_t{1} << peer;
+  });
+  return mask;
+}
+
+// This rank's wait is over. Survivors tell each other whom they missed: the union, less everyone
+// who is alive enough to post, is who is gone.
+void expire(Endpoint& e, ControlRow row) {
+  const uint64_t self = uint64_t{1} << e.rank, mine = missing_ranks(e, row);
+  for_each_rank(e.facts.active & ~self, [&](int peer) {
+    Post& post = e.line<Post>(peer, kPost, e.rank);
+    post.missing = mine;
+    post.round = static_cast<uint32_t>(e.round);
+    __atomic_store_n(&post.generation, e.generation, __ATOMIC_RELEASE);
+    ring(e.header(peer));
+  });
+  uint64_t posted = 0, missed = mine;
+  wait_for(e, kGraceNs, [&] {
+    posted = posters(e);
+    for_each_rank(posted, [&](int peer) { missed |= e.line<Post>(e.rank, kPost, peer).missing; });
+    return (e.facts.active & ~self & ~posted & ~missed) == 0;
+  });
+  for_each_rank(posted, [&](int peer) {
+    if (e.line<Post>(e.rank, kPost, peer).missing & self) e.failure.accusers |= uint64_t{1} << peer;
+  });
+  e.failure.kind = kPeerTimeout;
+  e.failure.missing = missed & ~posted & ~self;
+  if (e.failure.missing == 0) e.failure.missing = e.failure.accusers != 0 ? self : mine;
+  e.failure.waited_ns = since_ns(e.wait_start);
+}
+
+bool agree(const Endpoint& e, const RoundFacts& a, const RoundFacts& b) {
+  return a.phase == b.phase && a.rows == b.rows && a.format == b.format && a.active == b.active &&
+         (!e.shape.debug || a.global_scale_bits == b.global_scale_bits);
+}
+
+bool check_facts(Endpoint& e, ControlRow row) {
+  for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
+    const Arrival& arrival = e.line<Arrival>(e.rank, row, peer);
+    if (e.failure.kind == kNoFailure && !agree(e, e.facts, arrival.facts)) {
+      e.failure.kind = kMismatch;
+      e.failure.peer = peer;
+      e.failure.mine = e.facts;
+      e.failure.theirs = arrival.facts;
+    }
+  });
+  return e.failure.kind == kNoFailure;
+}
+
+}  // namespace
+
+void announce(Endpoint& e, ControlRow row, const int32_t* counts) {
+  for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
+    Arrival& arrival = e.line<Arrival>(peer, row, e.rank);
+    arrival.count = counts == nullptr ? 0 : counts[peer];
+    arrival.facts = e.facts;
+    // Release: the rows written to this peer happen before the epoch that announces them. Nobody
+    // reads the line's other words until then: the peer finished the last round of this phase
+    // before it announced the operation that let this rank begin the present one.
+    __atomic_store_n(&arrival.epoch, e.epoch, __ATOMIC_RELEASE);
+    ring(e.header(peer));
+  });
+  e.wait_start = Clock::now();
+}
+
+Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns) {
+  // A peer's post is looked at only while this rank lacks something: the peer will send nothing
+  // more in this generation, so waiting on is pointless.
+  const auto settled = [&] { return missing_ranks(e, row) == 0; };
+  const int64_t left = e.timeout_ns - since_ns(e.wait_start);
+  const bool woken = wait_for(e, std::clamp<int64_t>(left, 0, slice_ns),
+                              [&] { return settled() || posters(e) != 0; });
+  if (settled()) return check_facts(e, row) ? kDone : kFailed;
+  if (!woken && left > slice_ns) return kPending;
+  expire(e, row);
+  return kFailed;
+}
+
+}  // namespace moe_a2a::cpu

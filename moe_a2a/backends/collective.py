@@ -1,0 +1,309 @@
+"""``collective``: the exchange on torch.distributed point-to-point messages (gloo).
+
+The portable path, and the oracle of the one-sided backends: it quantizes with `moe_a2a.formats`
+and routes with torch operations, so that it shares no code with their kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import astuple
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from moe_a2a import formats
+from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
+from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
+from moe_a2a.backends.lobby import Lobby
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_a2a.group import Group
+    from moe_a2a.spec import Spec
+
+__all__ = ["Collective"]
+
+_DISPATCH, _COMBINE = 1, 2
+_GRACE = 0.5  # seconds to wait for what the other survivors have to say
+_DEFERRED = 0x100
+
+
+class Collective:
+    """One rank's end: two messages per peer in dispatch (header, rows), one in combine."""
+
+    name: ClassVar[str] = "collective"
+    device_types: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    @staticmethod
+    def unusable(spec: Spec | None, group: Group | None) -> str | None:
+        if not (dist.is_available() and dist.is_gloo_available()):
+            return "this build of torch has no torch.distributed with gloo"
+        return None
+
+    @classmethod
+    def open(cls, opening: Opening) -> Collective:
+        return cls(opening)
+
+    def __init__(self, opening: Opening) -> None:
+        spec, group = opening.spec, opening.group
+        self._spec, self._group, self._debug = spec, group, opening.debug
+        self._rank, self._timeout = group.rank, opening.timeout
+        table = spec.workspace()
+        self._memory = torch.empty(table.region("combine").offset, dtype=torch.uint8)
+        self._views = ReceiveViews(spec, self._memory)
+        owners = [rank for rank in range(spec.ep_size) for _ in spec.experts_of(rank)]
+        self._owner = torch.tensor(owners)
+        self._operation, self._generation, self._round = 1, 1, 0
+        self._seen = [-1] * spec.ep_size  # operation at which a peer's header last came
+        self._lobby = Lobby(self._rank, spec.ep_size, _Keys(group), opening.timeout)
+        self._connect(list(range(spec.ep_size)))
+
+    def _connect(self, members: list[int]) -> None:
+        """Connections of our own: no call of the user's on the same group can come in between."""
+        self._members = members
+        self._peers: Any = None
+        if len(members) > 1:
+            prefix = f"{self._group.name}/gloo/{self._generation}"
+            store = PrefixStore(prefix, self._group.store)
+            limit = timedelta(seconds=self._timeout)
+            self._peers = dist.ProcessGroupGloo(
+                store, members.index(self._rank), len(members), limit
+            )
+
+    @property
+    def receive_memory(self) -> tuple[int, int]:
+        first = self._memory.data_ptr()
+        return first, first + self._memory.numel()
+
+    # ---- dispatch --------------------------------------------------------------------------
+
+    def dispatch(self, call: DispatchCall) -> Views:
+        spec, self._round = self._spec, self._round + 1
+        views = self._views.of(call.rows, call.deferred)
+        self._goes = self._destinations(call)
+        packed = self._pack(call, views)
+        counts = self._goes.sum(0).tolist()
+        self._counts = self._agree_on_round(call, counts)
+        sends = {peer: packed[self._goes[:, peer]] for peer in ranks_in(call.active)}
+        receives = {
+            peer: torch.empty(self._counts[peer], packed.shape[1], dtype=torch.uint8)
+            for peer in ranks_in(call.active)
+        }
+        self._move(_DISPATCH, sends, receives)
+        for source in range(spec.ep_size):
+            count = self._counts[source]
+            if count:
+                self._unpack(receives[source], views, source, count)
+            self._scrub(views, source, count)
+        call.counts.copy_(torch.tensor(self._counts, dtype=torch.int32))
+        self._sent, self._rows = counts, call.rows
+        return views
+
+    def _destinations(self, call: DispatchCall) -> Tensor:
+        """bool [T, W]: the distinct active ranks that own an expert of the token."""
+        ids = call.topk_ids.long()
+        real = (ids >= 0) & (ids < self._spec.num_experts)
+        owner = self._owner[ids.clamp(0, self._spec.num_experts - 1)]
+        active = torch.zeros(self._spec.ep_size, dtype=torch.bool)
+        active[ranks_in(call.active)] = True
+        self._active = call.active
+        self._reachable = real & active[owner]
+        goes = torch.zeros(ids.shape[0], self._spec.ep_size + 1, dtype=torch.bool)
+        goes.scatter_(1, owner.masked_fill(~self._reachable, self._spec.ep_size), True)
+        return goes[:, :-1]
+
+    def _pack(self, call: DispatchCall, views: Views) -> Tensor:
+        """uint8 [T, row]: everything of a token in one run of bytes."""
+        spec, scales = self._spec, call.scales
+        x = call.x
+        if scales is None and views.scales is not None:
+            x, scales = formats.quantize(
+                x, spec.wire, alignment=spec.alignment, global_scale=call.global_scale
+            )
+        invalid = spec.invalid_expert_id
+        ids = torch.where(self._reachable, call.topk_ids, invalid).to(torch.int32)
+        weights = torch.where(self._reachable, call.topk_weights, 0.0)
+        pieces = [x, *([] if scales is None else [scales]), ids, weights]
+        pieces += [call.extra[name] for name in spec.extra]
+        return torch.cat([_as_bytes(piece) for piece in pieces], dim=1)
+
+    def _unpack(self, packed: Tensor, views: Views, source: int, count: int) -> None:
+        at = 0
+        targets = [views.x, *([] if views.scales is None else [views.scales])]
+        for view in [*targets, views.topk_ids, views.topk_weights, *views.extra.values()]:
+            target = _as_bytes(view[source])
+            target[:count] = packed[:, at : at + target.shape[1]]
+            at += target.shape[1]
+
+    def _scrub(self, views: Views, source: int, count: int) -> None:
+        views.topk_ids[source, count:] = self._spec.invalid_expert_id
+        views.topk_weights[source, count:] = 0.0
+        if self._spec.scrub == "all":
+            _as_bytes(views.x[source])[count:] = 0
+            if views.scales is not None:
+                _as_bytes(views.scales[source])[count:] = 0
+
+    def _agree_on_round(self, call: DispatchCall, counts: list[int]) -> list[int]:
+        """Exchanges headers; returns how many rows come from each rank."""
+        self._operation += 1
+        mine, active = self._facts(call), ranks_in(call.active)
+        sends = {p: torch.tensor([self._operation, *astuple(mine), counts[p]]) for p in active}
+        receives = {p: torch.empty_like(sends[p]) for p in active}
+        self._move(_DISPATCH, sends, receives)
+        arrived = [0] * self._spec.ep_size
+        for peer in active:
+            self._seen[peer], *words, arrived[peer] = receives[peer].tolist()
+            theirs = RoundFacts(*words)
+            if theirs != mine:
+                raise mismatch(self._rank, mine, peer, theirs, self._round)
+        return arrived
+
+    def _facts(self, call: DispatchCall) -> RoundFacts:
+        """The global scale is compared in debug mode only."""
+        bits = 0
+        if self._debug and call.global_scale is not None:
+            bits = int(call.global_scale.reshape(1).view(torch.int32).item()) & 0xFFFFFFFF
+        form = list(formats.FORMATS).index(self._spec.wire) | (_DEFERRED if call.deferred else 0)
+        return RoundFacts(_DISPATCH, call.rows, form, bits, signed(call.active))
+
+    # ---- combine ---------------------------------------------------------------------------
+
+    def combine(self, y: Tensor, out: Tensor) -> None:
+        self._operation += 1
+        active = ranks_in(self._active)
+        sends = {peer: self._encode(y[peer, : self._counts[peer]]) for peer in active}
+        receives = {
+            peer: torch.empty(self._sent[peer], sends[peer].shape[1], dtype=torch.uint8)
+            for peer in active
+        }
+        self._move(_COMBINE, sends, receives)
+        total = torch.zeros(out.shape, dtype=torch.float32)
+        for peer in active:
+            index = self._goes[:, peer].nonzero().squeeze(1)
+            total[index] = total[index] + self._decode(receives[peer], y.dtype)
+            self._seen[peer] = self._operation
+        out.copy_(total.to(out.dtype))
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        if self._spec.combine_wire in ("bf16", "fp16", "fp32"):
+            return _as_bytes(rows)
+        payload, scales = formats.quantize(rows, self._spec.combine_wire)
+        assert scales is not None
+        return torch.cat([_as_bytes(payload), _as_bytes(scales)], dim=1)
+
+    def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        wire, hidden = self._spec.combine_wire, self._spec.hidden_size
+        if wire in ("bf16", "fp16", "fp32"):
+            return packed.view(dtype).float()
+        form = formats.FORMATS[wire]
+        assert form.scale_dtype is not None
+        payload = packed[:, :hidden].contiguous().view(form.payload_dtype)
+        scales = packed[:, hidden:].contiguous().view(form.scale_dtype)
+        return formats.dequantize(payload, scales, wire, hidden_size=hidden)
+
+    # ---- messages, and what becomes of missing ones ------------------------------------------
+
+    def _move(self, phase: int, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
+        """Sends and receives one message per rank; own ones are copied, empty ones skipped."""
+        start = time.monotonic()
+        receives[self._rank].copy_(sends[self._rank])
+        missing: set[int] = set()
+        works: list[tuple[int, dist.Work]] = []
+        for peer in (rank for rank in sends if rank != self._rank):
+            at = self._members.index(peer)
+            try:
+                if sends[peer].numel():
+                    works.append((peer, self._peers.send([sends[peer].contiguous()], at, phase)))
+                if receives[peer].numel():
+                    works.append((peer, self._peers.recv([receives[peer]], at, phase)))
+            except RuntimeError:  # the connection is known to be gone
+                missing.add(peer)
+        for peer, work in works:
+            left = max(self._timeout - (time.monotonic() - start), 0.001)
+            try:
+                work.wait(timedelta(seconds=left))
+            except RuntimeError:
+                missing.add(peer)
+        if missing:
+            raise self._missing(phase, missing, time.monotonic() - start)
+
+    def _missing(self, phase: int, missing: set[int], waited: float) -> Exception:
+        ranks = self._ask_around(missing)
+        return peer_timeout(
+            backend=self.name,
+            rank=self._rank,
+            missing=sorted(ranks),
+            phase=phase,
+            round=self._round,
+            waited=waited,
+            limit=self._timeout,
+            operations_ago=[self._operation - at if at >= 0 else -1 for at in self._seen],
+        )
+
+    def _ask_around(self, mine: set[int]) -> set[int]:
+        """The union of what the survivors miss, less every rank that is alive enough to say so."""
+        if self._group.store is None:
+            return mine
+        board = f"{self._group.name}/missing/{self._generation}"
+        posted: set[int] = set()
+        missed = set(mine)
+        deadline = time.monotonic() + _GRACE
+        try:
+            self._group.store.set(f"{board}/{self._rank}", json.dumps(sorted(mine)))
+            while time.monotonic() < deadline and set(self._members) - posted - missed - {
+                self._rank
+            }:
+                for peer in set(self._members) - posted - {self._rank}:
+                    if self._group.store.check([f"{board}/{peer}"]):
+                        posted.add(peer)
+                        missed |= set(json.loads(self._group.store.get(f"{board}/{peer}")))
+                time.sleep(0.01)
+        except RuntimeError:  # the store went with the process that held it
+            pass
+        return (missed - posted - {self._rank}) or mine
+
+    def reset(self, ranks: int) -> None:
+        members = ranks_in(ranks)
+        self._peers = None
+        notes = self._lobby.meet(
+            members, signed(ranks), self._operation, self._generation, (0, 0, 0)
+        )
+        self._operation = max(note.epoch for note in notes.values()) // 2 * 2 + 3
+        self._generation = max(note.generation for note in notes.values()) + 1
+        self._seen = [-1] * self._spec.ep_size
+        self._connect(members)
+        self._lobby.finish(members)
+
+    def close(self) -> None:
+        self._peers = None
+
+
+class _Keys:
+    """A board in the group's store."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def post(self, peers: list[int], words: list[int]) -> None:
+        if peers:
+            self._group.store.set(self._key(self._group.rank), json.dumps(words))
+
+    def read(self, peer: int) -> list[int]:
+        if not self._group.store.check([self._key(peer)]):
+            return [0] * 10
+        words: list[int] = json.loads(self._group.store.get(self._key(peer)))
+        return words
+
+    def _key(self, rank: int) -> str:
+        return f"{self._group.name}/lobby/{rank}"
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """uint8 [T, row bytes] of a 2-D tensor: a view where its rows are adjacent."""
+    return rows.contiguous().view(torch.uint8)

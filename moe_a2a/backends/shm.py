@@ -1,0 +1,253 @@
+"""``shm``: CPU ranks of one host over POSIX shared memory, with one-sided C++ kernels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, ClassVar
+
+from moe_a2a._build import cpu_compiler
+from moe_a2a._ops import cpu_library
+from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
+from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
+from moe_a2a.backends.lobby import Lobby
+from moe_a2a.backends.window import PeerWindow, Ticket, Window
+from moe_a2a.errors import BuildError, MoeA2AError, WorkspaceError
+from moe_a2a.formats import FORMATS
+from moe_a2a.workspace import geometry_numbers
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from moe_a2a.group import Group
+    from moe_a2a.spec import Spec
+
+__all__ = ["Shm"]
+
+_MAX_RANKS = 64  # bits of a mask
+_PENDING = 1
+_SLICE_NS = 50_000_000  # a kernel comes back this often, so that Ctrl-C is heard
+_MISMATCH = 2
+_WIRES = (*FORMATS, "fp32")  # order of csrc/args.h
+
+
+class Shm:
+    """One rank's end. See csrc/cpu for the kernels and docs/design.md for the protocol."""
+
+    name: ClassVar[str] = "shm"
+    device_types: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    @staticmethod
+    def unusable(spec: Spec | None, group: Group | None) -> str | None:
+        if not sys.platform.startswith("linux"):
+            return f"needs Linux (memfd, futex); this is {sys.platform}"
+        try:
+            cpu_compiler()
+        except BuildError as error:
+            return str(error)
+        if spec is not None and spec.ep_size > _MAX_RANKS:
+            return f"ep_size={spec.ep_size}: at most {_MAX_RANKS} ranks"
+        if group is not None and len({facts["host"] for facts in group.facts}) > 1:
+            return "the ranks are on several hosts, or in several pid namespaces of one"
+        return None
+
+    @classmethod
+    def open(cls, opening: Opening) -> Shm:
+        return cls(opening)
+
+    def __init__(self, opening: Opening) -> None:
+        spec, group = opening.spec, opening.group
+        self._spec, self._rank, self._timeout = spec, group.rank, opening.timeout
+        self._library = cpu_library()
+        self._control = spec.workspace().region("control").nbytes
+        window: Window | None = None
+        problem: MoeA2AError | None = None
+        try:
+            self._check_memory(group)
+            window = self._make_window()
+        except MoeA2AError as error:
+            problem = error
+        group.agree(problem)
+        assert window is not None
+        self._window = window
+        try:
+            self._connect(opening, group)
+        except BaseException:
+            window.close()
+            raise
+
+    def _connect(self, opening: Opening, group: Group) -> None:
+        replies = group.exchange({"ticket": self._window.ticket})
+        tickets = {rank: Ticket(*reply["ticket"]) for rank, reply in enumerate(replies)}
+        problem: MoeA2AError | None = None
+        try:
+            self._peers = self._open_peers(tickets)
+            # The lobby outlives the windows that rounds use: see reset().
+            self._lobby_window = self._window
+            self._lobby_peers = self._open_peers(tickets, self._control)
+        except MoeA2AError as error:
+            problem = error
+        group.agree(problem)
+        self._window.seal()  # everyone has mapped it
+        lobby = [
+            self._lobby_peers[r].address if r != self._rank else self._window.address
+            for r in range(self._spec.ep_size)
+        ]
+        board = _Lines(self._rank, lobby)
+        self._lobby = Lobby(self._rank, self._spec.ep_size, board, opening.timeout)
+        self._endpoint: Any = self._library.endpoint_open(
+            geometry_numbers(self._spec),
+            self._shape(opening.debug),
+            self._rank,
+            self._addresses(),
+            int(opening.timeout * 1e9),
+            self._spin_ns(),
+        )
+        self._views = ReceiveViews(self._spec, self._window.tensor)
+
+    def _shape(self, debug: bool) -> list[int]:
+        spec = self._spec
+        padded = spec.payload_width if spec.wire == "mxfp8" else spec.hidden_size
+        wires = [_WIRES.index(spec.wire), _WIRES.index(spec.combine_wire)]
+        return [
+            spec.hidden_size,
+            padded,
+            *wires,
+            *spec.row_bytes,
+            spec.invalid_expert_id,
+            int(spec.scrub == "all"),
+            int(debug),
+        ]
+
+    def _spin_ns(self) -> int:
+        """Spinning pays while every rank has a core; beyond that it takes a peer's time."""
+        return 100_000 if self._spec.ep_size <= len(os.sched_getaffinity(0)) else 0
+
+    def _check_memory(self, group: Group) -> None:
+        wanted = self._spec.workspace().committed * self._spec.ep_size
+        there = min(facts["memory"] for facts in group.facts)
+        if wanted > there:
+            raise WorkspaceError(
+                f"{self._spec.ep_size} windows of {self._spec.workspace().committed:,} bytes are "
+                f"wanted on this host, {wanted:,} in all; {there:,} bytes are available. Lower "
+                "max_tokens_per_rank, or use a narrower wire (python -m moe_a2a plan)."
+            )
+
+    def _make_window(self) -> Window:
+        table = self._spec.workspace()
+        return Window(table.nbytes, table.committed)
+
+    def _open_peers(
+        self, tickets: dict[int, Ticket], nbytes: int | None = None
+    ) -> dict[int, PeerWindow]:
+        size = self._window.nbytes if nbytes is None else nbytes
+        return {r: PeerWindow(ticket, size) for r, ticket in tickets.items() if r != self._rank}
+
+    def _addresses(self) -> list[int]:
+        """By rank; 0 for a rank that takes no part."""
+        own, peers = self._window.address, self._peers
+        return [
+            own if rank == self._rank else peers[rank].address if rank in peers else 0
+            for rank in range(self._spec.ep_size)
+        ]
+
+    @property
+    def receive_memory(self) -> tuple[int, int]:
+        return self._window.address, self._window.address + self._window.nbytes
+
+    def dispatch(self, call: DispatchCall) -> Views:
+        for index, name in enumerate(self._spec.extra):
+            self._library.stage_extra(self._endpoint, index, call.extra[name])
+        scale = 1.0 if call.global_scale is None else float(call.global_scale)
+        status = self._library.dispatch(
+            self._endpoint,
+            call.x,
+            call.scales,
+            call.topk_ids,
+            call.topk_weights,
+            call.counts,
+            call.rows,
+            call.deferred,
+            scale,
+            signed(call.active),
+            _SLICE_NS,
+        )
+        if status:
+            self._finish(status)
+        return self._views.of(call.rows, call.deferred)
+
+    def combine(self, y: Tensor, out: Tensor) -> None:
+        status = self._library.combine(self._endpoint, y, out, _SLICE_NS)
+        if status:
+            self._finish(status)
+
+    def _finish(self, status: int) -> None:
+        while status == _PENDING:
+            status = self._library.resume(self._endpoint, _SLICE_NS)
+        if status:
+            raise self._failure()
+
+    def _failure(self) -> MoeA2AError:
+        record = [int(word) for word in self._library.failure_record(self._endpoint)]
+        kind, phase, round, waited, missing, _, peer = record[:7]
+        if kind == _MISMATCH:
+            mine, theirs = (RoundFacts(*record[at : at + 5]) for at in (7, 12))
+            return mismatch(self._rank, mine, peer, theirs, round)
+        return peer_timeout(
+            backend=self.name,
+            rank=self._rank,
+            missing=ranks_in(missing % 2**64),
+            phase=phase,
+            round=round,
+            waited=waited / 1e9,
+            limit=self._timeout,
+            operations_ago=record[17:],
+        )
+
+    def reset(self, ranks: int) -> None:
+        """Moves ``ranks`` to fresh windows; a rank left out keeps the old ones and harms nobody."""
+        epoch, generation, _ = (int(n) for n in self._library.position(self._endpoint))
+        if self._window is self._lobby_window:
+            self._window.retire(keep=self._control)
+        else:
+            self._window.close()
+        self._peers = {}
+        self._window = self._make_window()
+        members = ranks_in(ranks)
+        notes = self._lobby.meet(members, signed(ranks), epoch, generation, self._window.ticket)
+        tickets = {rank: Ticket(*note.ticket) for rank, note in notes.items()}
+        self._peers = self._open_peers(tickets)
+        self._lobby.finish(members)
+        self._window.seal()
+        latest = max(note.epoch for note in notes.values())
+        self._library.restart(
+            self._endpoint,
+            self._addresses(),
+            (latest + 2) % 2**32 or 1,
+            max(note.generation for note in notes.values()) + 1,
+        )
+        self._views = ReceiveViews(self._spec, self._window.tensor)
+
+    def close(self) -> None:
+        self._endpoint = None
+        for window in {self._window, self._lobby_window}:
+            window.close()
+        self._peers, self._lobby_peers = {}, {}
+
+
+class _Lines:
+    """A board: each rank's line in the control region of every peer's original window."""
+
+    def __init__(self, rank: int, windows: list[int]) -> None:
+        self._rank, self._windows = rank, windows
+        self._library = cpu_library()
+
+    def post(self, peers: list[int], words: list[int]) -> None:
+        for peer in peers:
+            self._library.post_meeting(self._windows[peer], len(self._windows), self._rank, words)
+
+    def read(self, peer: int) -> list[int]:
+        own, size = self._windows[self._rank], len(self._windows)
+        return [int(word) for word in self._library.read_meeting(own, size, peer)]

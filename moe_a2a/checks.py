@@ -1,0 +1,212 @@
+"""Arguments of dispatch and combine against the rules of a `Spec`, before anything is sent.
+
+Shape letters: T tokens of this rank, K top_k, H hidden_size, E num_experts, W ep_size,
+R runtime_max_tokens. The checks themselves are a few comparisons, since they stand in front of
+every call; the sentences are put together only when one fails.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_a2a.errors import CapacityError, PayloadError, StateError
+from moe_a2a.formats import FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from moe_a2a.spec import Spec
+
+__all__ = ["Rules"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_IDS = (torch.int32, torch.int64)
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}"
+    strides = "" if value.is_contiguous() else f" with strides {list(value.stride())}"
+    return f"{str(value.dtype)[6:]} {list(value.shape)} on {value.device}{strides}"
+
+
+def _widths(accepted: Mapping[torch.dtype, int]) -> str:
+    return " or ".join(f"{str(dtype)[6:]} [T, {width}]" for dtype, width in accepted.items())
+
+
+class Rules:
+    """The rules of one `AllToAll`; ``device`` is where its tensors live."""
+
+    def __init__(self, spec: Spec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        form, hidden = FORMATS[spec.wire], spec.hidden_size
+        self._quantized = spec.quantized
+        if spec.quantized:
+            self._plain = dict.fromkeys(_FLOATS, hidden)
+            self._scaled = {form.payload_dtype: spec.payload_width}
+        else:
+            self._plain, self._scaled = {form.payload_dtype: hidden}, {}
+        self._deferred = {torch.bfloat16: hidden}
+        combine = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        wire = spec.combine_wire
+        self.combine_dtypes = (combine[wire],) if wire in combine else _FLOATS
+        self._combine_shape = (spec.ep_size, hidden)
+
+    def rows(self, value: object) -> int:
+        """R: ``runtime_max_tokens``, or the capacity where it is None."""
+        capacity = self.spec.max_tokens_per_rank
+        if value is None:
+            return capacity
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= capacity:
+            raise CapacityError(
+                f"runtime_max_tokens={value!r}: must be an integer in 0..{capacity} "
+                "(max_tokens_per_rank), the same on every rank"
+            )
+        return value
+
+    def active(self, value: object, current: int, rank: int) -> int:
+        """Mask of active ranks; None keeps the current one."""
+        if value is None:
+            return current
+        mask = self.mask(value)
+        if mask & ~current:
+            raise StateError(
+                f"active_ranks={mask:#b} brings ranks back that were inactive ({current:#b} are "
+                "active): a round can only leave ranks out; reset(active_ranks) takes them in again"
+            )
+        if not mask >> rank & 1:
+            raise StateError(
+                f"active_ranks={mask:#b} leaves this rank ({rank}) out: it makes no call"
+            )
+        return mask
+
+    def mask(self, value: object) -> int:
+        """bool [W] (tensor or sequence) -> mask."""
+        size = self.spec.ep_size
+        flags: Sequence[object] | None = None
+        if isinstance(value, Tensor):
+            if value.dtype == torch.bool and value.shape == (size,):
+                flags = value.tolist()
+        elif isinstance(value, (list, tuple)) and len(value) == size:
+            flags = value
+        if flags is None or not all(isinstance(flag, bool) for flag in flags):
+            raise PayloadError(f"active_ranks is {_describe(value)}: expected bool [{size}]")
+        return sum(1 << rank for rank, flag in enumerate(flags) if flag)
+
+    def inputs(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        scales: Tensor | None,
+        rows: int,
+        deferred: bool,
+    ) -> None:
+        """Rows, choices and scales of one dispatch."""
+        accepted = self._deferred if deferred else self._plain if scales is None else self._scaled
+        if not isinstance(x, Tensor) or x.dim() != 2 or accepted.get(x.dtype) != x.shape[1]:
+            raise self._wrong_x(x, scales, deferred)
+        tokens = x.shape[0]
+        if tokens > rows:
+            raise CapacityError(
+                f"{tokens} tokens in x, more than runtime_max_tokens={rows} "
+                f"(max_tokens_per_rank={self.spec.max_tokens_per_rank})"
+            )
+        self._placed("x", x)
+        shape = (tokens, self.spec.top_k)
+        self._shaped("topk_ids", topk_ids, _IDS, shape)
+        self._shaped("topk_weights", topk_weights, (torch.float32,), shape)
+        if scales is not None:
+            if deferred:
+                raise PayloadError("scales were given with defer=True: deferred rows have none")
+            dtype = FORMATS[self.spec.wire].scale_dtype
+            assert dtype is not None
+            self._shaped("scales", scales, (dtype,), (tokens, self.spec.scale_width))
+
+    def deferral(self, defer: bool) -> bool:
+        """Whether bf16 travels in place of the wire."""
+        if not defer or not self._quantized:
+            return False
+        if not self.spec.allow_defer:
+            raise PayloadError(
+                f"defer=True on wire {self.spec.wire!r}: rows of bf16 do not fit a workspace that "
+                "was sized for the wire; open with Spec(..., allow_defer=True)"
+            )
+        return True
+
+    def global_scale(self, value: Tensor) -> None:
+        if self.spec.wire != "nvfp4":
+            raise PayloadError(f"global_scale goes with wire 'nvfp4', not {self.spec.wire!r}")
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.numel() != 1:
+            raise PayloadError(f"global_scale is {_describe(value)}: expected a float32 scalar")
+        if value.device != self.device:
+            raise PayloadError(f"global_scale is on {value.device}: expected {self.device}")
+
+    def extra(self, given: Mapping[str, Tensor] | None, tokens: int) -> Mapping[str, Tensor]:
+        given = {} if given is None else given
+        if set(given) != set(self.spec.extra):
+            raise PayloadError(
+                f"extra has {sorted(given)}: the Spec has {sorted(self.spec.extra)}; each must "
+                "come with every dispatch"
+            )
+        for name, nbytes in self.spec.extra.items():
+            self._shaped(f"extra[{name!r}]", given[name], (torch.uint8,), (tokens, nbytes))
+        return given
+
+    def expert_output(self, y: Tensor, rows: int) -> None:
+        """``y`` of a combine."""
+        size, hidden = self._combine_shape
+        fits = isinstance(y, Tensor) and y.shape == (size, rows, hidden)
+        if not fits or y.dtype not in self.combine_dtypes:
+            dtypes = " or ".join(str(dtype)[6:] for dtype in self.combine_dtypes)
+            raise PayloadError(
+                f"y is {_describe(y)}: expected {dtypes} [W={size}, R={rows}, H={hidden}] "
+                f"(combine wire {self.spec.combine_wire!r})"
+            )
+        self._placed("y", y)
+
+    def output(self, out: Tensor, tokens: int, dtype: torch.dtype) -> None:
+        """``out`` of a combine."""
+        self._shaped("out", out, (dtype,), (tokens, self.spec.hidden_size))
+        if tokens > 1 and out.stride(0) < self.spec.hidden_size:
+            raise PayloadError(f"out is {_describe(out)}: its rows overlap")
+
+    def _shaped(
+        self, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]
+    ) -> None:
+        if not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != shape:
+            wanted = " or ".join(str(dtype)[6:] for dtype in dtypes)
+            raise PayloadError(f"{name} is {_describe(value)}: expected {wanted} {list(shape)}")
+        self._placed(name, value)
+
+    def _placed(self, name: str, value: Tensor) -> None:
+        if value.device != self.device:
+            raise PayloadError(f"{name} is {_describe(value)}: expected it on {self.device}")
+        if value.stride(-1) != 1 and value.shape[-1] > 1:
+            raise PayloadError(
+                f"{name} is {_describe(value)}: its last dimension must be contiguous (rows may be "
+                f"strided); pass {name}.contiguous()"
+            )
+        if value.requires_grad and torch.is_grad_enabled():
+            raise PayloadError(
+                f"{name} requires grad, and no gradient flows through the exchange: call it under "
+                f"torch.no_grad(), or pass {name}.detach()"
+            )
+
+    def _wrong_x(self, x: object, scales: Tensor | None, deferred: bool) -> PayloadError:
+        wire = f"wire {self.spec.wire!r}"
+        if scales is not None and not self._scaled:
+            return PayloadError(f"scales were given: {wire} has none")
+        if deferred:
+            return PayloadError(f"x is {_describe(x)}: expected {_widths(self._deferred)} to defer")
+        if scales is not None:
+            expected = f"{_widths(self._scaled)}, the storage of {wire}, since scales were given"
+        elif self._quantized:
+            scaled = _widths(self._scaled)
+            expected = f"{_widths(self._plain)} to be quantized to {wire}, or {scaled} with scales="
+        else:
+            expected = f"{_widths(self._plain)} ({wire})"
+        return PayloadError(f"x is {_describe(x)}: expected {expected}")

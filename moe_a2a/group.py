@@ -1,0 +1,152 @@
+"""How the ranks of a group find each other: small messages through the group's own key-value store.
+
+The store works before any window or connection exists, on every torch.distributed backend, with
+waits that are bounded and can name who is missing. Messages are JSON; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch.distributed as dist
+
+from moe_a2a.errors import MoeA2AError, PeerTimeout
+from moe_a2a.memory import memory_available
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Group", "host_identity"]
+
+
+class _Store(Protocol):
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def add(self, key: str, amount: int) -> int: ...
+    def delete_key(self, key: str) -> bool: ...
+
+
+def host_identity() -> str:
+    """Equal for two processes that can reach each other through /proc: same boot, same pids."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+class Group:
+    """The ranks that open one `AllToAll` together.
+
+    Args:
+        process_group: a torch.distributed group, or None for the default group; where
+            torch.distributed is not initialized None is one rank by itself.
+        timeout: seconds that any one exchange may take.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, timeout: float) -> None:
+        self.timeout = timeout
+        self.rank, self.size = 0, 1
+        self._store: _Store | None = None
+        self._step = 0
+        self._name = ""
+        self.facts: list[dict[str, Any]] = []
+        if process_group is None and not (dist.is_available() and dist.is_initialized()):
+            return
+        if process_group is None:
+            process_group = dist.distributed_c10d._get_default_group()
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        if self.size > 1:
+            from torch.distributed.distributed_c10d import _get_process_group_store
+
+            self._store = _get_process_group_store(process_group)
+            # The nth object of this rank meets the nth of every other.
+            self._name = f"moe_a2a/{self._store.add(f'moe_a2a/opened/{self.rank}', 1)}"
+
+    @property
+    def store(self) -> Any:
+        """The group's store, None for one rank; keys under `name` are this object's own."""
+        return self._store
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def introduce(self, facts: dict[str, Any]) -> None:
+        """Fills in ``facts``, by rank: what each says of itself, its host and free memory added."""
+        own = {"host": host_identity(), "memory": memory_available()}
+        self.facts = self.exchange({**own, **facts})
+
+    def exchange(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """All-gather of one JSON object per rank, in rank order.
+
+        Raises:
+            PeerTimeout: ``ranks`` did not come within the timeout.
+        """
+        if self._store is None:
+            return [json.loads(json.dumps(message))]
+        self._step += 1
+        keys = [self._key(self._step, rank) for rank in range(self.size)]
+        start = time.monotonic()
+        try:
+            self._store.set(keys[self.rank], json.dumps(message))
+            self._await(keys, start)
+            messages = [json.loads(self._store.get(key)) for key in keys]
+            # Everyone has posted this step, so everyone has read the one before.
+            if self._step > 1:
+                self._store.delete_key(self._key(self._step - 1, self.rank))
+        except MoeA2AError:
+            raise
+        except RuntimeError as error:  # torch's DistError family: the host of the store has ended
+            raise self._timeout(
+                [rank for rank in range(self.size) if rank != self.rank],
+                start,
+                f"the group's store is gone ({error}): the process that hosts it has ended",
+            ) from error
+        return messages
+
+    def agree(self, problem: MoeA2AError | None) -> None:
+        """Raises on every rank if any has a problem: its own there, one of its class elsewhere."""
+        text = None if problem is None else str(problem)
+        kind = type(problem).__name__
+        replies = self.exchange({"problem": text, "kind": kind})
+        if problem is not None:
+            raise problem
+        for rank, reply in enumerate(replies):
+            if reply["problem"] is not None:
+                raise _error_class(reply["kind"])(f"rank {rank}: {reply['problem']}")
+
+    def _key(self, step: int, rank: int) -> str:
+        return f"{self._name}/{step}/{rank}"
+
+    def _await(self, keys: Sequence[str], start: float) -> None:
+        assert self._store is not None
+        pause = 0.0005
+        while not self._store.check(list(keys)):
+            if time.monotonic() - start > self.timeout:
+                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise self._timeout(missing, start, "they did not call AllToAll(...)")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    def _timeout(self, missing: Sequence[int], start: float, why: str) -> PeerTimeout:
+        waited = time.monotonic() - start
+        return PeerTimeout(
+            f"opening on rank {self.rank} of {self.size}: waited {waited:.1f} s (limit "
+            f"{self.timeout:g} s) for ranks {', '.join(map(str, missing))}: {why}. Every rank of "
+            "the group must construct its AllToAll objects in the same order.",
+            ranks=missing,
+            phase="open",
+            round=0,
+            waited=waited,
+        )
+
+
+def _error_class(kind: str) -> type[MoeA2AError]:
+    """A class whose constructor takes a text alone."""
+    from moe_a2a import errors
+
+    simple = {"GeometryError", "WorkspaceError", "BuildError", "StateError"}
+    found: type[MoeA2AError] = getattr(errors, kind) if kind in simple else errors.StateError
+    return found

@@ -1,0 +1,139 @@
+"""The two ends of a MoE layer around its experts: prepare (quantize or defer, dispatch), finalize.
+
+Shape letters: T tokens of this rank, K top_k, H hidden_size, W ep_size, R runtime_max_tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from moe_a2a.errors import GeometryError, PayloadError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_a2a.alltoall import AllToAll
+    from moe_a2a.received import Received
+
+__all__ = ["PrepareFinalize", "Prepared"]
+
+
+class Prepared(NamedTuple):
+    """What the experts get; shapes as in `Received`, which comes along."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_ids: Tensor
+    topk_weights: Tensor
+    counts: Tensor
+    received: Received
+
+
+class PrepareFinalize:
+    """Quantizes before dispatch (``quant="wire"``) or leaves that to the experts (``"defer"``).
+
+    Raises:
+        GeometryError: another ``quant``.
+    """
+
+    def __init__(self, a2a: AllToAll, quant: str = "wire") -> None:
+        if quant not in ("wire", "defer"):
+            raise GeometryError(f"quant={quant!r}: must be 'wire' or 'defer'")
+        self.a2a = a2a
+        self.quant = quant
+
+    def prepare(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        apply_router_weight_on_input: bool = False,
+        defer_input_quant: bool = False,
+        **dispatch_keywords: Any,
+    ) -> Prepared:
+        """Dispatches ``x`` [T, H].
+
+        Args:
+            topk_weights: float32 [T, K].
+            topk_ids: int32 or int64 [T, K].
+            apply_router_weight_on_input: needs K == 1: x is multiplied by its weight, in fp32 and
+                rounded to its dtype, into a copy, and weights of 1 are delivered.
+            defer_input_quant: bf16 travels, for experts that quantize themselves.
+            dispatch_keywords: of `AllToAll.dispatch`.
+
+        Raises:
+            PayloadError: K > 1 with ``apply_router_weight_on_input``, or the errors of `dispatch`.
+        """
+        if apply_router_weight_on_input:
+            x, topk_weights = self._weighted(x, topk_weights, dispatch_keywords)
+        defer = self.quant == "defer" or defer_input_quant or dispatch_keywords.pop("defer", False)
+        received = self.a2a.dispatch(x, topk_ids, topk_weights, defer=defer, **dispatch_keywords)
+        return Prepared(
+            received.x,
+            received.scales,
+            received.topk_ids,
+            received.topk_weights,
+            received.counts,
+            received,
+        )
+
+    def finalize(
+        self,
+        y: Tensor,
+        *,
+        out: Tensor | None = None,
+        routed_scaling_factor: float | None = None,
+        shared: Tensor | None = None,
+    ) -> Tensor:
+        """Combines ``y`` [W, R, H], then ``round(f32(combined) * factor + shared)``.
+
+        Args:
+            out: [T, H] of y's dtype.
+            routed_scaling_factor: default 1.
+            shared: [T, H], output of the shared experts.
+
+        Raises:
+            PayloadError: ``shared`` has another shape or is no floating tensor; nothing was sent.
+        """
+        if shared is not None:
+            self._check_shared(shared)
+        combined = self.a2a.combine(y, out=out)
+        if routed_scaling_factor is None and shared is None:
+            return combined
+        total = combined.to(torch.float32)
+        if routed_scaling_factor is not None:
+            # The factor as an fp32 tensor: a Python float would be kept in double precision.
+            total = total * torch.tensor(routed_scaling_factor, dtype=torch.float32)
+        if shared is not None:
+            total = total + shared.to(torch.float32)
+        return combined.copy_(total)
+
+    def _weighted(
+        self, x: Tensor, topk_weights: Tensor, keywords: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        top_k = self.a2a.spec.top_k
+        if top_k != 1:
+            raise PayloadError(
+                f"apply_router_weight_on_input with top_k={top_k}: a token has one row for all its "
+                "experts, so only top_k == 1 can be weighted on the input"
+            )
+        if keywords.get("scales") is not None:
+            raise PayloadError("apply_router_weight_on_input with scales: x is quantized already")
+        if topk_weights.dtype != torch.float32 or topk_weights.shape != (x.shape[0], 1):
+            raise PayloadError(
+                f"topk_weights is {str(topk_weights.dtype)[6:]} {list(topk_weights.shape)}: "
+                f"expected float32 [{x.shape[0]}, 1]"
+            )
+        weighted = (x.to(torch.float32) * topk_weights).to(x.dtype)
+        return weighted, torch.ones_like(topk_weights)
+
+    def _check_shared(self, shared: Tensor) -> None:
+        tokens, hidden = self.a2a.round_tokens, self.a2a.spec.hidden_size
+        if shared.shape != (tokens, hidden) or not shared.dtype.is_floating_point:
+            raise PayloadError(
+                f"shared is {str(shared.dtype)[6:]} {list(shared.shape)}: expected a floating "
+                f"[{tokens}, {hidden}]"
+            )

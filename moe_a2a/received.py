@@ -1,0 +1,73 @@
+"""What a dispatch delivers.
+
+Shape letters: K top_k, H hidden_size, W ep_size, R runtime_max_tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_a2a import formats
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from moe_a2a.spec import Spec
+
+__all__ = ["Received"]
+
+
+@dataclass(frozen=True)
+class Received:
+    """The rows that this rank's experts have to compute, rank-major.
+
+    Row i of source s is the i-th token of rank s, in its own order, that has an expert here. Rows
+    at or past ``counts[s]`` are padding. Everything but ``counts`` is a view of memory that peers
+    write, valid until this round's combine.
+
+    Attributes:
+        x: [W, R, row] in the wire's storage dtype (bf16 where quantization is deferred).
+        scales: [W, R, n] float32 or uint8, None without scales.
+        topk_ids: int32 [W, R, K], global ids; a choice that routes nowhere, and every choice of a
+            padding row, has the invalid id. Ids of experts that live elsewhere stay.
+        topk_weights: float32 [W, R, K], 0 where the id is the invalid one.
+        counts: int32 [W], local memory that no peer writes.
+        extra: name -> uint8 [W, R, n].
+        global_scale: encode scale of this rank's dispatch call (nvfp4), or None.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    topk_ids: Tensor
+    topk_weights: Tensor
+    counts: Tensor
+    extra: Mapping[str, Tensor]
+    global_scale: Tensor | None
+    spec: Spec
+    ep_rank: int
+    deferred: bool
+
+    def local_ids(self) -> Tensor:
+        """int32 [W, R, K]: ids counted from this rank's first expert, all others the invalid id."""
+        mine = self.spec.experts_of(self.ep_rank)
+        here = (self.topk_ids >= mine.start) & (self.topk_ids < mine.stop)
+        local = self.topk_ids - mine.start
+        return local.masked_fill_(~here, self.spec.invalid_expert_id)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[W, R, H] in ``dtype``; padding rows decode to whatever they hold."""
+        if self.deferred or self.scales is None:
+            return self.x.to(dtype)
+        return formats.dequantize(
+            self.x,
+            self.scales,
+            self.spec.wire,
+            hidden_size=self.spec.hidden_size,
+            global_scale=self.global_scale,
+            dtype=dtype,
+        )
