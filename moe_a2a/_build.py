@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ _CPU_SOURCES = ("bind.cc", "combine.cc", "dispatch.cc", "quantize.cc", "wait.cc"
 _CPU_FLAGS = (
     "-std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-fPIC -fvisibility=hidden -Wall -Wextra"
-)
+) + (" -mprefer-vector-width=512" if platform.machine() == "x86_64" else "")
 
 
 def source_directory() -> Path:

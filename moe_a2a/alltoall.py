@@ -18,6 +18,7 @@ from moe_a2a.checks import Rules
 from moe_a2a.errors import GeometryError, MoeA2AError, PayloadError, PeerTimeout, StateError
 from moe_a2a.group import Group
 from moe_a2a.received import Received
+from moe_a2a.spec import Spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     import torch.distributed as dist
     from torch import Tensor
-
-    from moe_a2a.spec import Spec
 
 __all__ = ["AllToAll"]
 
@@ -72,14 +71,17 @@ class AllToAll:
         self._failure: MoeA2AError | None = None
         self._closed = False
         self._dispatched = False
-        self.spec = spec
-        limit = _seconds(timeout)
-        self.device = torch.device("cpu" if device is None else device)
-        if max_blocks is not None and (isinstance(max_blocks, bool) or max_blocks < 1):
-            raise GeometryError(f"max_blocks={max_blocks!r}: must be an integer >= 1, or None")
+        limit = 30.0
+        problem: MoeA2AError | None = None
+        try:
+            limit = _seconds(timeout)
+            self.device = _check_arguments(spec, device, max_blocks)
+        except MoeA2AError as error:
+            problem = error
         ranks = Group(group, limit)
-        self.ep_rank = ranks.rank
+        self.ep_rank, self.spec = ranks.rank, spec
         # What one rank alone can see is told to all, so that nobody waits for a rank that gave up.
+        ranks.agree(problem)
         ranks.introduce({"spec": dataclasses.asdict(spec), "backend": backend, "debug": debug})
         _compare(ranks, spec)
         chosen = backends.choose(backend, self.device.type, spec, ranks)
@@ -315,6 +317,18 @@ def _seconds(timeout: float | None) -> float:
     return seconds
 
 
+def _check_arguments(spec: Spec, device: object, max_blocks: object) -> torch.device:
+    if not isinstance(spec, Spec):
+        raise GeometryError(f"spec={spec!r}: must be a Spec")
+    is_int = isinstance(max_blocks, int) and not isinstance(max_blocks, bool)
+    if max_blocks is not None and not (is_int and max_blocks >= 1):  # type: ignore[operator]
+        raise GeometryError(f"max_blocks={max_blocks!r}: must be an integer >= 1, or None")
+    try:
+        return torch.device("cpu" if device is None else device)  # type: ignore[call-overload,no-any-return]
+    except (RuntimeError, TypeError) as error:
+        raise GeometryError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+
+
 def _compare(group: Group, spec: Spec) -> None:
     """Raises `GeometryError` on every rank alike if the ranks do not agree."""
     for rank, facts in enumerate(group.facts):
@@ -331,6 +345,7 @@ def _compare(group: Group, spec: Spec) -> None:
     if group.size != spec.ep_size:
         raise GeometryError(
             f"ep_size={spec.ep_size}, and the group has {group.size} ranks: they must be equal"
+            + ("" if group.store else " (is torch.distributed initialized?)")
         )
 
 

@@ -185,7 +185,7 @@ class Rules:
     def _placed(self, name: str, value: Tensor) -> None:
         if value.device != self.device:
             raise PayloadError(f"{name} is {_describe(value)}: expected it on {self.device}")
-        if value.stride(-1) != 1 and value.shape[-1] > 1:
+        if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
             raise PayloadError(
                 f"{name} is {_describe(value)}: its last dimension must be contiguous (rows may be "
                 f"strided); pass {name}.contiguous()"

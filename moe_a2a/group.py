@@ -7,6 +7,7 @@ waits that are bounded and can name who is missing. Messages are JSON; nothing i
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,7 +76,7 @@ class Group:
 
     def introduce(self, facts: dict[str, Any]) -> None:
         """Fills in ``facts``, by rank: what each says of itself, its host and free memory added."""
-        own = {"host": host_identity(), "memory": memory_available()}
+        own = {"host": host_identity(), "pid": os.getpid(), "memory": memory_available()}
         self.facts = self.exchange({**own, **facts})
 
     def exchange(self, message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,30 +9,76 @@
 namespace moe_a2a::cpu {
 namespace {
 
-// g++ would jam two rows into one loop that it then fails to vectorize, ten times slower.
-#define MOE_OWN_LOOP __attribute__((noinline))
+// Rows that one pass over the columns sums in registers; more take several passes over a tile.
+constexpr int kRowsAtOnce = 4;
+// Columns whose sums stay in L1 between passes. A multiple of every block.
+constexpr int64_t kTile = 512;
 
-// A reader adds `count` columns of one inbox row, from column `first` on, to the fp32 sums.
-// Product and add are not fused (-ffp-contract=off).
+using RowReducer = void (*)(const uint8_t* const* rows, int count, int64_t hidden, uint8_t* out);
+
+// sum (+)= the N rows, in order, from column `first` on.
+template <class Scalar, int N>
+MOE_OWN_LOOP void add_rows(const uint8_t* const* rows, int64_t first, int64_t width,
+                           float* __restrict sum) {
+  const typename Scalar::Storage* in[N];
+  for (int r = 0; r < N; ++r)
+    in[r] = reinterpret_cast<const typename Scalar::Storage*>(rows[r]) + first;
+  for (int64_t i = 0; i < width; ++i) {
+    float s = sum[i];
+    for (int r = 0; r < N; ++r) s += Scalar::decode(in[r][i]);
+    sum[i] = s;
+  }
+}
+
+// The whole row in one pass: no sum leaves the registers.
+template <class Scalar, int N>
+MOE_OWN_LOOP void sum_rows(const uint8_t* const* rows, int64_t hidden, uint8_t* out) {
+  const typename Scalar::Storage* in[N];
+  for (int r = 0; r < N; ++r) in[r] = reinterpret_cast<const typename Scalar::Storage*>(rows[r]);
+  auto* __restrict result = reinterpret_cast<typename Scalar::Storage*>(out);
+  for (int64_t i = 0; i < hidden; ++i) {
+    float s = 0.0f;
+    for (int r = 0; r < N; ++r) s += Scalar::decode(in[r][i]);
+    result[i] = Scalar::encode(s);
+  }
+}
+
+template <class Out>
+MOE_OWN_LOOP void store_sums(const float* sum, int64_t width, uint8_t* out, int64_t first) {
+  auto* __restrict result = reinterpret_cast<typename Out::Storage*>(out) + first;
+  for (int64_t i = 0; i < width; ++i) result[i] = Out::encode(sum[i]);
+}
+
 template <class Scalar>
-struct PlainReader {
-  MOE_OWN_LOOP static void add(const uint8_t* row, int64_t, int64_t first, int64_t count,
-                               float* sum) {
-    const auto* in = reinterpret_cast<const typename Scalar::Storage*>(row) + first;
-    for (int64_t i = 0; i < count; ++i) sum[i] += Scalar::decode(in[i]);
+void reduce_plain(const uint8_t* const* rows, int count, int64_t hidden, uint8_t* out) {
+  switch (count) {
+    case 0:
+      std::memset(out, 0, hidden * sizeof(typename Scalar::Storage));
+      return;
+    case 1:
+      sum_rows<Scalar, 1>(rows, hidden, out);
+      return;
+    case 2:
+      sum_rows<Scalar, 2>(rows, hidden, out);
+      return;
+    case 3:
+      sum_rows<Scalar, 3>(rows, hidden, out);
+      return;
+    case 4:
+      sum_rows<Scalar, 4>(rows, hidden, out);
+      return;
   }
-};
-
-template <int kBlock, class Scale>
-struct ScaledReader {
-  MOE_OWN_LOOP static void add(const uint8_t* row, int64_t hidden, int64_t first, int64_t count,
-                               float* sum) {
-    for (int64_t c = 0; c < count; c += kBlock) {
-      const float scale = Scale::at(row + hidden, (first + c) / kBlock);
-      for (int i = 0; i < kBlock; ++i) sum[c + i] += e4m3_decode(row[first + c + i]) * scale;
-    }
+  float sum[kTile];
+  for (int64_t first = 0; first < hidden; first += kTile) {
+    const int64_t width = std::min(kTile, hidden - first);
+    std::fill(sum, sum + width, 0.0f);
+    int r = 0;
+    for (; r + kRowsAtOnce <= count; r += kRowsAtOnce)
+      add_rows<Scalar, kRowsAtOnce>(rows + r, first, width, sum);
+    for (; r < count; ++r) add_rows<Scalar, 1>(rows + r, first, width, sum);
+    store_sums<Scalar>(sum, width, out, first);
   }
-};
+}
 
 struct Fp32Scale {
   static float at(const uint8_t* scales, int64_t block) {
@@ -46,48 +92,51 @@ struct E8m0Scale {
   static float at(const uint8_t* scales, int64_t block) { return e8m0_decode(scales[block]); }
 };
 
-using RowReducer = void (*)(const uint8_t* const* rows, int count, int64_t hidden, uint8_t* out);
+// One row of e4m3 codes with a scale per block; product and add are not fused.
+template <int kBlock, class Scale>
+MOE_OWN_LOOP void add_scaled(const uint8_t* row, int64_t hidden, int64_t first, int64_t width,
+                             float* __restrict sum) {
+  for (int64_t c = 0; c < width; c += kBlock) {
+    const float scale = Scale::at(row + hidden, (first + c) / kBlock);
+    for (int i = 0; i < kBlock; ++i) sum[c + i] += e4m3_decode(row[first + c + i]) * scale;
+  }
+}
 
-// The sums of a tile stay in L1 between rows, far enough from their last store that loading them
-// again does not wait for it. A multiple of every block.
-constexpr int64_t kTile = 512;
-
-template <class Reader, class Out>
-void reduce_rows(const uint8_t* const* rows, int count, int64_t hidden, uint8_t* out) {
-  auto* result = reinterpret_cast<typename Out::Storage*>(out);
+template <int kBlock, class Scale, class Out>
+void reduce_scaled(const uint8_t* const* rows, int count, int64_t hidden, uint8_t* out) {
   float sum[kTile];
   for (int64_t first = 0; first < hidden; first += kTile) {
     const int64_t width = std::min(kTile, hidden - first);
     std::fill(sum, sum + width, 0.0f);
-    for (int r = 0; r < count; ++r) Reader::add(rows[r], hidden, first, width, sum);
-    for (int64_t i = 0; i < width; ++i) result[first + i] = Out::encode(sum[i]);
+    for (int r = 0; r < count; ++r) add_scaled<kBlock, Scale>(rows[r], hidden, first, width, sum);
+    store_sums<Out>(sum, width, out, first);
   }
 }
 
-template <class Reader>
-RowReducer reducer_to(int scalar) {
+template <int kBlock, class Scale>
+RowReducer scaled_reducer(int scalar) {
   switch (scalar) {
     case kScalarBf16:
-      return reduce_rows<Reader, Bf16>;
+      return reduce_scaled<kBlock, Scale, Bf16>;
     case kScalarFp16:
-      return reduce_rows<Reader, Fp16>;
+      return reduce_scaled<kBlock, Scale, Fp16>;
     default:
-      return reduce_rows<Reader, Fp32>;
+      return reduce_scaled<kBlock, Scale, Fp32>;
   }
 }
 
 RowReducer row_reducer(int wire, int scalar) {
   switch (wire) {
     case kBf16:
-      return reduce_rows<PlainReader<Bf16>, Bf16>;
+      return reduce_plain<Bf16>;
     case kFp16:
-      return reduce_rows<PlainReader<Fp16>, Fp16>;
+      return reduce_plain<Fp16>;
     case kFp32:
-      return reduce_rows<PlainReader<Fp32>, Fp32>;
+      return reduce_plain<Fp32>;
     case kFp8Block128:
-      return reducer_to<ScaledReader<128, Fp32Scale>>(scalar);
+      return scaled_reducer<128, Fp32Scale>(scalar);
     default:
-      return reducer_to<ScaledReader<32, E8m0Scale>>(scalar);
+      return scaled_reducer<32, E8m0Scale>(scalar);
   }
 }
 

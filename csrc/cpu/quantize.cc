@@ -1,10 +1,13 @@
 // Row quantizers of every wire: one read of the row, one write of payload and scales.
 //
-// Loops run over fixed-size blocks of floats without branches, so that g++ vectorizes them.
+// A row goes through in tiles that stay in L1, each in a few flat passes over columns or blocks.
+// The passes are functions of their own and free of branches: that is what g++ turns into vector
+// code.
 #include "quantize.h"
 
 #include <algorithm>
 #include <cfloat>
+#include <cstring>
 
 #include "../codec.h"
 #include "scalar.h"
@@ -12,107 +15,151 @@
 namespace moe_a2a::cpu {
 namespace {
 
-template <int N, class In>
-inline uint32_t load_block(const uint8_t* x, int64_t first, float* v) {
+constexpr int kTile = 1024;  // columns; a multiple of every block
+constexpr int kMinBlock = 16;
+
+struct Tile {
+  alignas(64) float value[kTile];
+  alignas(64) uint32_t magnitude[kTile];  // of columns, then in front those of blocks
+  alignas(64) float factor[kTile / kMinBlock];
+  alignas(64) uint8_t code[kTile];
+};
+
+template <class In>
+MOE_OWN_LOOP void load(const uint8_t* x, int64_t first, int width, Tile& t) {
   const auto* in = reinterpret_cast<const typename In::Storage*>(x) + first;
-  uint32_t amax = 0;
+  for (int i = 0; i < width; ++i) t.value[i] = In::decode(in[i]);
+}
 
-  for (int i = 0; i < N; ++i) {
-    v[i] = In::decode(in[i]);
-    amax = std::max(amax, magnitude_bits(v[i]));
+MOE_OWN_LOOP void take_magnitudes(int width, Tile& t) {
+  for (int i = 0; i < width; ++i) t.magnitude[i] = magnitude_bits(t.value[i]);
+}
+
+// Reduces the first `count` magnitudes to one for every `Block`.
+template <int Block>
+MOE_OWN_LOOP void block_amax(int count, Tile& t) {
+  for (int b = 0; b < count / Block; ++b) {
+    uint32_t amax = 0;
+    for (int i = 0; i < Block; ++i) amax = std::max(amax, t.magnitude[b * Block + i]);
+    t.magnitude[b] = amax;
   }
-  return amax;
 }
 
-template <int N>
-inline void encode_e4m3(const float* v, float factor, uint8_t* codes) {
-  for (int i = 0; i < N; ++i) codes[i] = e4m3_encode(v[i] * factor);
+template <int Block>
+MOE_OWN_LOOP void apply_factors(int blocks, Tile& t) {
+  for (int b = 0; b < blocks; ++b)
+    for (int i = 0; i < Block; ++i) t.value[b * Block + i] *= t.factor[b];
 }
 
-template <int N, class Bounded>
-inline void encode_e2m1(const float* v, Bounded bounded, uint8_t* bytes) {
-  uint8_t codes[N];
+MOE_OWN_LOOP void encode_e4m3(int width, const Tile& t, uint8_t* payload) {
+  for (int i = 0; i < width; ++i) payload[i] = e4m3_encode(t.value[i]);
+}
 
-  for (int i = 0; i < N; ++i) codes[i] = e2m1_encode(bounded(v[i]));
-
-  for (int i = 0; i < N / 2; ++i) bytes[i] = codes[2 * i] | codes[2 * i + 1] << 4;
+MOE_OWN_LOOP void encode_e2m1(int width, Tile& t, uint8_t* payload) {
+  for (int i = 0; i < width; ++i) t.code[i] = e2m1_encode(t.value[i]);
+  for (int i = 0; i < width / 2; ++i) payload[i] = t.code[2 * i] | t.code[2 * i + 1] << 4;
 }
 
 struct Fp8Scale {
   float scale, inverse;
-  explicit Fp8Scale(uint32_t amax_bits) {
-    const float m = std::min(std::max(bits_float(amax_bits), 1e-10f), FLT_MAX);
-    scale = m / 448.0f;
-    inverse = 448.0f / m;
+};
+
+inline Fp8Scale fp8_scale(uint32_t amax) {
+  const float m = std::min(std::max(bits_float(amax), 1e-10f), FLT_MAX);
+  return {m / 448.0f, 448.0f / m};
+}
+
+// A block format turns the magnitudes of blocks into scale bytes and factors, and values into
+// codes.
+struct Fp8Block128 {
+  static constexpr int kBlock = 128, kScaleBytes = 4, kCodesPerByte = 1;
+  MOE_OWN_LOOP static void scale(int blocks, Tile& t, uint8_t* scales, float) {
+    for (int b = 0; b < blocks; ++b) {
+      const Fp8Scale s = fp8_scale(t.magnitude[b]);
+      t.factor[b] = s.inverse;
+      std::memcpy(scales + b * 4, &s.scale, 4);
+    }
   }
 };
 
+struct Mxfp8 {
+  static constexpr int kBlock = 32, kScaleBytes = 1, kCodesPerByte = 1;
+  MOE_OWN_LOOP static void scale(int blocks, Tile& t, uint8_t* scales, float) {
+    for (int b = 0; b < blocks; ++b) {
+      const uint32_t e = mxfp8_exponent(t.magnitude[b]);
+      t.factor[b] = e8m0_inverse(e);
+      scales[b] = static_cast<uint8_t>(e);
+    }
+  }
+};
+
+struct Mxfp4 {
+  static constexpr int kBlock = 32, kScaleBytes = 1, kCodesPerByte = 2;
+  MOE_OWN_LOOP static void scale(int blocks, Tile& t, uint8_t* scales, float) {
+    for (int b = 0; b < blocks; ++b) {
+      const uint32_t e = mxfp4_exponent(t.magnitude[b]);
+      t.factor[b] = e8m0_inverse(e);
+      scales[b] = static_cast<uint8_t>(e);
+    }
+  }
+};
+
+struct Nvfp4 {
+  static constexpr int kBlock = 16, kScaleBytes = 1, kCodesPerByte = 2;
+  MOE_OWN_LOOP static void scale(int blocks, Tile& t, uint8_t* scales, float global_scale) {
+    const float sixth = bits_float(0x3E2AAAABu), decode_scale = 1.0f / global_scale;
+    for (int b = 0; b < blocks; ++b) {
+      const float amax = bits_float(t.magnitude[b]);
+      const uint8_t code = e4m3_encode(std::min((amax * sixth) * global_scale, 448.0f));
+      const float sf = e4m3_decode(code);  // 0 where amax is 0, or too small for a scale
+      t.factor[b] = sf == 0.0f ? 0.0f : 1.0f / (sf * decode_scale);
+      scales[b] = code;
+    }
+  }
+};
+
+template <class In, class Format>
+void quantize_blocks(const uint8_t* x, uint8_t* payload, uint8_t* scales, const QuantizeShape& s) {
+  Tile t;
+  for (int64_t first = 0; first < s.hidden; first += kTile) {
+    const int width = static_cast<int>(std::min<int64_t>(kTile, s.hidden - first));
+    const int blocks = width / Format::kBlock;
+    load<In>(x, first, width, t);
+    take_magnitudes(width, t);
+    block_amax<Format::kBlock>(width, t);
+    Format::scale(blocks, t, scales + first / Format::kBlock * Format::kScaleBytes, s.global_scale);
+    apply_factors<Format::kBlock>(blocks, t);
+    if (Format::kCodesPerByte == 1)
+      encode_e4m3(width, t, payload + first);
+    else
+      encode_e2m1(width, t, payload + first / 2);
+  }
+  // Columns that pad an mxfp8 row.
+  std::memset(payload + s.hidden / Format::kCodesPerByte, 0, s.padded - s.hidden);
+  std::memset(scales + s.hidden / Format::kBlock * Format::kScaleBytes, 0,
+              (s.padded - s.hidden) / Format::kBlock);
+}
+
 template <class In>
 void quantize_fp8(const uint8_t* x, uint8_t* payload, uint8_t* scales, const QuantizeShape& s) {
-  constexpr int kBlock = 16;  // divides every hidden size
+  Tile t;
   uint32_t amax = 0;
-  float v[kBlock];
-  for (int64_t c = 0; c < s.hidden; c += kBlock)
-    amax = std::max(amax, load_block<kBlock, In>(x, c, v));
-  const Fp8Scale scale(amax);
-  for (int64_t c = 0; c < s.hidden; c += kBlock) {  // the row is in L1 by now
-    load_block<kBlock, In>(x, c, v);
-    encode_e4m3<kBlock>(v, scale.inverse, payload + c);
+  for (int64_t first = 0; first < s.hidden; first += kTile) {
+    const int width = static_cast<int>(std::min<int64_t>(kTile, s.hidden - first));
+    load<In>(x, first, width, t);
+    take_magnitudes(width, t);
+    block_amax<kMinBlock>(width, t);
+    amax = std::max(amax, *std::max_element(t.magnitude, t.magnitude + width / kMinBlock));
+  }
+  const Fp8Scale scale = fp8_scale(amax);
+  std::fill(t.factor, t.factor + kTile / kMinBlock, scale.inverse);
+  for (int64_t first = 0; first < s.hidden; first += kTile) {  // the row is in L1 by now
+    const int width = static_cast<int>(std::min<int64_t>(kTile, s.hidden - first));
+    load<In>(x, first, width, t);
+    apply_factors<kMinBlock>(width / kMinBlock, t);
+    encode_e4m3(width, t, payload + first);
   }
   std::memcpy(scales, &scale.scale, 4);
-}
-
-template <class In>
-void quantize_fp8_block128(const uint8_t* x, uint8_t* payload, uint8_t* scales,
-                           const QuantizeShape& s) {
-  constexpr int kBlock = 128;
-  for (int64_t c = 0; c < s.hidden; c += kBlock) {
-    float v[kBlock];
-    const Fp8Scale scale(load_block<kBlock, In>(x, c, v));
-    encode_e4m3<kBlock>(v, scale.inverse, payload + c);
-    std::memcpy(scales + c / kBlock * 4, &scale.scale, 4);
-  }
-}
-
-template <class In>
-void quantize_mxfp8(const uint8_t* x, uint8_t* payload, uint8_t* scales, const QuantizeShape& s) {
-  constexpr int kBlock = 32;
-  for (int64_t c = 0; c < s.hidden; c += kBlock) {
-    float v[kBlock];
-    const uint32_t e = mxfp8_exponent(load_block<kBlock, In>(x, c, v));
-    encode_e4m3<kBlock>(v, e8m0_inverse(e), payload + c);
-    scales[c / kBlock] = static_cast<uint8_t>(e);
-  }
-  std::memset(payload + s.hidden, 0, s.padded - s.hidden);
-  std::memset(scales + s.hidden / kBlock, 0, (s.padded - s.hidden) / kBlock);
-}
-
-template <class In>
-void quantize_nvfp4(const uint8_t* x, uint8_t* payload, uint8_t* scales, const QuantizeShape& s) {
-  constexpr int kBlock = 16;
-  const float sixth = bits_float(0x3E2AAAABu), decode_scale = 1.0f / s.global_scale;
-  for (int64_t c = 0; c < s.hidden; c += kBlock) {
-    float v[kBlock];
-    const float amax = bits_float(load_block<kBlock, In>(x, c, v));
-    const float wanted = (amax * sixth) * s.global_scale;
-    const uint8_t code = e4m3_encode(std::min(wanted, 448.0f));
-    const float sf = e4m3_decode(code);
-    const float out = amax == 0.0f || sf == 0.0f ? 0.0f : 1.0f / (sf * decode_scale);
-    encode_e2m1<kBlock>(v, [out](float a) { return a * out; }, payload + c / 2);
-    scales[c / kBlock] = code;
-  }
-}
-
-template <class In>
-void quantize_mxfp4(const uint8_t* x, uint8_t* payload, uint8_t* scales, const QuantizeShape& s) {
-  constexpr int kBlock = 32;
-  for (int64_t c = 0; c < s.hidden; c += kBlock) {
-    float v[kBlock];
-    const uint32_t e = mxfp4_exponent(load_block<kBlock, In>(x, c, v));
-    const float factor = e8m0_inverse(e);
-    encode_e2m1<kBlock>(v, [factor](float a) { return a * factor; }, payload + c / 2);
-    scales[c / kBlock] = static_cast<uint8_t>(e);
-  }
 }
 
 template <class In>
@@ -121,13 +168,13 @@ RowQuantizer quantizer_from(int wire) {
     case kFp8:
       return quantize_fp8<In>;
     case kFp8Block128:
-      return quantize_fp8_block128<In>;
+      return quantize_blocks<In, Fp8Block128>;
     case kMxfp8:
-      return quantize_mxfp8<In>;
+      return quantize_blocks<In, Mxfp8>;
     case kNvfp4:
-      return quantize_nvfp4<In>;
+      return quantize_blocks<In, Nvfp4>;
     case kMxfp4:
-      return quantize_mxfp4<In>;
+      return quantize_blocks<In, Mxfp4>;
     default:
       return nullptr;
   }

@@ -5,6 +5,10 @@
 
 #include "../codec.h"
 
+// Loops over columns are functions of their own: inlined into a loop over rows or blocks, g++ jams
+// or unrolls them together and then fails to vectorize, up to ten times slower.
+#define MOE_OWN_LOOP __attribute__((noinline))
+
 namespace moe_a2a::cpu {
 
 struct Bf16 {

@@ -306,4 +306,5 @@ class _Keys:
 
 def _as_bytes(rows: Tensor) -> Tensor:
     """uint8 [T, row bytes] of a 2-D tensor: a view where its rows are adjacent."""
-    return rows.contiguous().view(torch.uint8)
+    # Torch calls [T, 1] and [0, n] contiguous whatever their last stride is; view() does not.
+    return rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)

@@ -51,6 +51,9 @@ class Shm:
             return f"ep_size={spec.ep_size}: at most {_MAX_RANKS} ranks"
         if group is not None and len({facts["host"] for facts in group.facts}) > 1:
             return "the ranks are on several hosts, or in several pid namespaces of one"
+        for facts in group.facts if group is not None else ():
+            if not os.access(f"/proc/{facts['pid']}/fd", os.R_OK | os.X_OK):
+                return f"process {facts['pid']} of the group belongs to another user"
         return None
 
     @classmethod

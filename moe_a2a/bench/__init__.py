@@ -1,0 +1,1 @@
+"""``python -m moe_a2a``: bench, plan and doctor. One idea per file; nothing else imports this."""
