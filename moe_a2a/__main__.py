@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -13,7 +14,7 @@ from moe_a2a.formats import FORMATS
 from moe_a2a.spec import COMBINE_WIRES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["main"]
 
@@ -139,6 +140,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=_seconds, metavar="S", help="and at least so long (0.5)")
     add("--out", default=".bench", metavar="DIR", help="for JSON and PNG (.bench)")
     add("--quick", action="store_true", help="a short sweep: 1,16 tokens, 5 rounds")
+    add("--pin", action="store_true", help="keep each rank to a core of its own while it is timed")
     add("--no-rivals", action="store_true", help="leave out torch.distributed's collectives")
     add("--no-plot", action="store_true", help="write no PNG")
     add("--host-overhead", action="store_true",
@@ -155,55 +157,45 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--wire", choices=FORMATS, default="bf16", metavar="WIRE", help="of the workspace")
 
 
-def _typed(name: str) -> Callable[[Callable[[str], object]], Callable[[str], object]]:
-    """argparse says "invalid NAME value" of a ValueError."""
-
-    def rename(function: Callable[[str], object]) -> Callable[[str], object]:
-        function.__name__ = name
-        return function
-
-    return rename
-
-
-@_typed("number (expected an integer >= 0)")
-def _number(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
+def _number(text: str, least: int = 0) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected an integer >= {least}")
     return value
 
 
-@_typed("count (expected an integer >= 1)")
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    return _number(text, 1)
 
 
-@_typed("list (expected integers >= 1 with commas between)")
 def _numbers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise ValueError
-    return list(dict.fromkeys(values))
+    return list(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
-@_typed("list (expected names with commas between)")
 def _names(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     if not all(names):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected names with commas between")
     return list(dict.fromkeys(names))
 
 
-@_typed("number of seconds (expected one >= 0)")
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < 3600:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected seconds >= 0")
     return value
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == _INTERRUPTED:
+        # The ranks have ended; unloading torch would keep the terminal for another second.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
-from moe_a2a.errors import MoeA2AError, PeerTimeout
+from moe_a2a.errors import GeometryError, MoeA2AError, PeerTimeout
 from moe_a2a.memory import memory_available
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Group:
             return
         if process_group is None:
             process_group = dist.distributed_c10d._get_default_group()
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise GeometryError(f"group={process_group!r}: not a group that this process is in")
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         if self.size > 1:
             from torch.distributed.distributed_c10d import _get_process_group_store

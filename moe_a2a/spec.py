@@ -22,6 +22,8 @@ __all__ = ["COMBINE_WIRES", "Spec"]
 COMBINE_WIRES = ("bf16", "fp16", "fp32", "fp8_block128", "mxfp8")
 _MAX_TOP_K = 32
 _MAX_EXTRAS = 16
+_MAX_EXPERTS = 1 << 20  # every rank keeps a table of their owners
+_MAX_BYTES = 1 << 48  # of a region; the layout counts in 64 bits
 
 
 def _count(name: str, value: object, least: int = 1) -> None:
@@ -84,6 +86,7 @@ class Spec:
         self._check_choices()
         self._check_hidden_size()
         self._check_extra()
+        self._check_size()
         if not isinstance(self.allow_defer, bool):
             raise GeometryError(f"allow_defer={self.allow_defer!r}: must be True or False")
 
@@ -123,6 +126,16 @@ class Spec:
             _count(f"extra[{name!r}]", nbytes)
         # A copy that nobody else holds, in an order that does not depend on how it was written.
         object.__setattr__(self, "extra", dict(sorted(self.extra.items())))
+
+    def _check_size(self) -> None:
+        if self.num_experts > _MAX_EXPERTS:
+            raise GeometryError(f"num_experts={self.num_experts}: at most {_MAX_EXPERTS}")
+        row = 8 * self.hidden_size + sum(self.extra.values())
+        if self.ep_size * self.max_tokens_per_rank * row > _MAX_BYTES:
+            raise GeometryError(
+                f"ep_size={self.ep_size} x max_tokens_per_rank={self.max_tokens_per_rank} rows of "
+                f"hidden_size={self.hidden_size} need more than {_MAX_BYTES:,} bytes"
+            )
 
     def __hash__(self) -> int:
         own = (self.ep_size, self.num_experts, self.top_k, self.hidden_size, self.wire)

@@ -206,7 +206,8 @@ def run_ranks(
         answers = crew.collect(size, timeout, until_death=False)
         late = [rank for rank in range(size) if rank not in answers]
         if late:
-            raise RankHung(late, timeout, crew.stacks(late))
+            raised = [f"rank {r} raised:\n{a.text}" for r, a in answers.items() if isinstance(a, _Raised)]
+            raise RankHung(late, timeout, "\n".join([*raised, crew.stacks(late)]))
     finally:
         crew.kill()
     exits = []
@@ -268,7 +269,7 @@ class _Crew:
                 answers[rank] = self._answer(rank)
                 if until_death and isinstance(answers[rank], _Died):
                     return answers
-                if until_death and isinstance(answers[rank], _Raised):
+                if isinstance(answers[rank], _Raised):
                     deadline = min(deadline, time.monotonic() + _AFTER_ERROR)
             if not ready:
                 break
@@ -335,7 +336,7 @@ def _outcome(context: RankContext, fn: Callable[..., Any], args: tuple[Any, ...]
     torch.manual_seed(seed + context.rank)
     try:
         return fn(context._replace(seed=seed), *args)
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:  # pytest.fail() raises one that is no Exception
         return _Raised(traceback.format_exc(), error)
 
 

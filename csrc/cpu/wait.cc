@@ -41,8 +41,9 @@ void pause_briefly() {
 #endif
 }
 
-// Waits until `ready()` or until `ns` have passed: spins for the endpoint's spin time, gives the
-// core away a few times, then sleeps on the doorbell.
+// Waits until `ready()` or until `ns` have passed: polls for the endpoint's spin time, then sleeps on
+// the doorbell. Polling gives the core away every microsecond, since the peer that it waits for may
+// be on the same one: without that two ranks stay in lockstep of one spin time each.
 template <class Ready>
 bool wait_for(Endpoint& e, int64_t ns, Ready ready) {
   const auto start = Clock::now();
@@ -51,11 +52,8 @@ bool wait_for(Endpoint& e, int64_t ns, Ready ready) {
       if (ready()) return true;
       pause_briefly();
     }
-  } while (since_ns(start) < std::min(ns, e.spin_ns));
-  for (int i = 0; i < 4; ++i) {
-    if (ready()) return true;
     sched_yield();
-  }
+  } while (since_ns(start) < std::min(ns, e.spin_ns));
   Header& header = e.header(e.rank);
   for (;;) {
     const uint32_t seen = header.doorbell.load(std::memory_order_seq_cst);

@@ -7,9 +7,15 @@ and routes with torch operations, so that it shares no code with their kernels.
 from __future__ import annotations
 
 import json
+import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import astuple
 from datetime import timedelta
+from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,8 +26,11 @@ from moe_a2a import formats
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
 from moe_a2a.backends.lobby import Lobby
+from moe_a2a.errors import PeerTimeout, WorkspaceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
     from moe_a2a.group import Group
@@ -32,6 +41,20 @@ __all__ = ["Collective"]
 _DISPATCH, _COMBINE = 1, 2
 _GRACE = 0.5  # seconds to wait for what the other survivors have to say
 _DEFERRED = 0x100
+_SMALLEST_NORMAL = sys.float_info.min
+
+
+@contextmanager
+def _subnormals_kept() -> Iterator[None]:
+    """Undoes a caller's torch.set_flush_denormal(True) meanwhile: the formats need subnormals."""
+    flushed = _SMALLEST_NORMAL / 2 == 0  # torch can set the mode, but not tell it
+    if flushed:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushed:
+            torch.set_flush_denormal(True)
 
 
 class Collective:
@@ -54,27 +77,62 @@ class Collective:
         spec, group = opening.spec, opening.group
         self._spec, self._group, self._debug = spec, group, opening.debug
         self._rank, self._timeout = group.rank, opening.timeout
-        table = spec.workspace()
-        self._memory = torch.empty(table.region("combine").offset, dtype=torch.uint8)
+        self._memory = self._receive_regions(group)
         self._views = ReceiveViews(spec, self._memory)
         owners = [rank for rank in range(spec.ep_size) for _ in spec.experts_of(rank)]
         self._owner = torch.tensor(owners)
         self._operation, self._generation, self._round = 1, 1, 0
         self._seen = [-1] * spec.ep_size  # operation at which a peer's header last came
         self._lobby = Lobby(self._rank, spec.ep_size, _Keys(group), opening.timeout)
-        self._connect(list(range(spec.ep_size)))
+        self._connect(list(range(spec.ep_size)), "open")
+        # Nobody closes its ends of the connections before everyone has them all.
+        group.agree(None)
 
-    def _connect(self, members: list[int]) -> None:
+    def _receive_regions(self, group: Group) -> Tensor:
+        """Raises `WorkspaceError` on every rank if any host lacks the memory."""
+        wanted = self._spec.workspace().region("combine").offset
+        host = group.facts[self._rank]["host"]
+        neighbours = sum(facts["host"] == host for facts in group.facts)
+        there = min(facts["memory"] for facts in group.facts if facts["host"] == host)
+        memory, problem = torch.empty(0, dtype=torch.uint8), None
+        if wanted * neighbours > there:
+            problem = WorkspaceError(
+                f"{neighbours} times {wanted:,} bytes of receive memory are wanted on this host; "
+                f"{there:,} bytes are available. Lower max_tokens_per_rank, or use a narrower wire "
+                "(python -m moe_a2a plan)."
+            )
+        else:
+            memory = torch.empty(wanted, dtype=torch.uint8)
+        group.agree(problem)
+        return memory
+
+    def _connect(self, members: list[int], phase: str) -> None:
         """Connections of our own: no call of the user's on the same group can come in between."""
         self._members = members
         self._peers: Any = None
-        if len(members) > 1:
-            prefix = f"{self._group.name}/gloo/{self._generation}"
-            store = PrefixStore(prefix, self._group.store)
-            limit = timedelta(seconds=self._timeout)
-            self._peers = dist.ProcessGroupGloo(
-                store, members.index(self._rank), len(members), limit
+        if len(members) == 1:
+            return
+        prefix = f"{self._group.name}/gloo/{self._generation}"
+        store = dist.PrefixStore(prefix, self._group.store)
+        limit = timedelta(seconds=self._timeout)
+        here, size = members.index(self._rank), len(members)
+        start = time.monotonic()
+        try:
+            self._peers = _interruptible(
+                lambda: dist.ProcessGroupGloo(store, here, size, limit), self._timeout
             )
+        except RuntimeError as error:
+            missing = sorted(self._ask_around(set(members) - {self._rank}))
+            waited = time.monotonic() - start
+            raise PeerTimeout(
+                f"{phase} on rank {self._rank} ({self.name}): no connection to all of ranks "
+                f"{', '.join(map(str, missing))} after {waited:.2f} s (limit {self._timeout:g} s): "
+                f"{error}",
+                ranks=missing,
+                phase=phase,
+                round=0,
+                waited=waited,
+            ) from error
 
     @property
     def receive_memory(self) -> tuple[int, int]:
@@ -83,6 +141,7 @@ class Collective:
 
     # ---- dispatch --------------------------------------------------------------------------
 
+    @_subnormals_kept()
     def dispatch(self, call: DispatchCall) -> Views:
         spec, self._round = self._spec, self._round + 1
         views = self._views.of(call.rows, call.deferred)
@@ -167,13 +226,15 @@ class Collective:
     def _facts(self, call: DispatchCall) -> RoundFacts:
         """The global scale is compared in debug mode only."""
         bits = 0
-        if self._debug and call.global_scale is not None:
-            bits = int(call.global_scale.reshape(1).view(torch.int32).item()) & 0xFFFFFFFF
+        if self._debug:
+            scale = torch.ones(1) if call.global_scale is None else call.global_scale
+            bits = int(scale.reshape(1).view(torch.int32).item()) & 0xFFFFFFFF
         form = list(formats.FORMATS).index(self._spec.wire) | (_DEFERRED if call.deferred else 0)
         return RoundFacts(_DISPATCH, call.rows, form, bits, signed(call.active))
 
     # ---- combine ---------------------------------------------------------------------------
 
+    @_subnormals_kept()
     def combine(self, y: Tensor, out: Tensor) -> None:
         self._operation += 1
         active = ranks_in(self._active)
@@ -182,7 +243,14 @@ class Collective:
             peer: torch.empty(self._sent[peer], sends[peer].shape[1], dtype=torch.uint8)
             for peer in active
         }
-        self._move(_COMBINE, sends, receives)
+        # One byte where there are no rows: like the other backends combine waits for every active
+        # rank, also for one that shares no token, so that all find a missing one in the same call.
+        byte = torch.zeros(1, dtype=torch.uint8)
+        self._move(
+            _COMBINE,
+            {peer: rows if rows.numel() else byte for peer, rows in sends.items()},
+            {peer: rows if rows.numel() else byte.clone() for peer, rows in receives.items()},
+        )
         total = torch.zeros(out.shape, dtype=torch.float32)
         for peer in active:
             index = self._goes[:, peer].nonzero().squeeze(1)
@@ -210,7 +278,7 @@ class Collective:
     # ---- messages, and what becomes of missing ones ------------------------------------------
 
     def _move(self, phase: int, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
-        """Sends and receives one message per rank; own ones are copied, empty ones skipped."""
+        """Sends and receives one message per rank; own ones are copied, empty ones left out."""
         start = time.monotonic()
         receives[self._rank].copy_(sends[self._rank])
         missing: set[int] = set()
@@ -227,7 +295,7 @@ class Collective:
         for peer, work in works:
             left = max(self._timeout - (time.monotonic() - start), 0.001)
             try:
-                work.wait(timedelta(seconds=left))
+                _interruptible(partial(work.wait, timedelta(seconds=left)), left + _GRACE)
             except RuntimeError:
                 missing.add(peer)
         if missing:
@@ -277,7 +345,7 @@ class Collective:
         self._operation = max(note.epoch for note in notes.values()) // 2 * 2 + 3
         self._generation = max(note.generation for note in notes.values()) + 1
         self._seen = [-1] * self._spec.ep_size
-        self._connect(members)
+        self._connect(members, "reset")
         self._lobby.finish(members)
 
     def close(self) -> None:
@@ -302,6 +370,27 @@ class _Keys:
 
     def _key(self, rank: int) -> str:
         return f"{self._group.name}/lobby/{rank}"
+
+
+def _interruptible(call: Callable[[], Any], seconds: float) -> Any:
+    """``call()`` in a thread of its own: gloo does not hear Ctrl-C, nor always keep its limits.
+
+    Raises:
+        RuntimeError: that of the call, or that it took longer than ``seconds``.
+    """
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except FutureTimeout as error:
+        raise RuntimeError(f"no answer within {seconds:.2f} s") from error
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class Lobby:
         """
         self._attempt += 1
         self._start = time.monotonic()
-        own = self._note = Note(self._attempt, mask, epoch, generation, ticket)
+        # A plain tuple: peers read the ticket as one, and the digest is over the text of it.
+        own = self._note = Note(self._attempt, mask, epoch, generation, (*ticket,))
         self._post(ranks, _BROUGHT, 0)
         posted = 0
         while True:
@@ -86,10 +87,13 @@ class Lobby:
     def finish(self, ranks: list[int]) -> None:
         """Returns when everyone has taken what the others brought."""
         self._post(ranks, _DONE, self._digest)
-        while missing := [
-            p for p in self._others(ranks) if self._read(p)[1] != (_DONE, self._digest)
-        ]:
+        while missing := [peer for peer in self._others(ranks) if not self._has_finished(peer)]:
             self._pause(ranks, missing)
+
+    def _has_finished(self, peer: int) -> bool:
+        note, answer = self._read(peer)
+        # A later attempt on its line: it finished this meeting and has called the next one.
+        return answer == (_DONE, self._digest) or note.attempt > self._used[peer]
 
     def _others(self, ranks: list[int]) -> list[int]:
         return [rank for rank in ranks if rank != self._rank]

@@ -126,7 +126,7 @@ class Shm:
 
     def _spin_ns(self) -> int:
         """Spinning pays while every rank has a core; beyond that it takes a peer's time."""
-        return 100_000 if self._spec.ep_size <= len(os.sched_getaffinity(0)) else 0
+        return 100_000
 
     def _check_memory(self, group: Group) -> None:
         wanted = self._spec.workspace().committed * self._spec.ep_size

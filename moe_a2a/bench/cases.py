@@ -72,6 +72,7 @@ class Sweep:
         backends: names, in the order of the table.
         wires: those that fit the geometry.
         rivals: whether the rivals run too.
+        pinned: whether each rank keeps to a core of its own while it is timed.
     """
 
     geometry: Geometry
@@ -84,6 +85,7 @@ class Sweep:
     seed: int
     rivals: bool
     effort: Effort
+    pinned: bool = False
 
     def spec(self, wire: str) -> Spec:
         """The `Spec` of a wire; its capacity is the sweep's largest number of tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,9 @@ def _sweep(
             raise UsageError(f"--ranks {ranks}, and torchrun has started {place[1]}")
         ranks = place[1]
     ranks = _USUAL_RANKS if ranks is None else ranks
+    cores = len(os.sched_getaffinity(0))
+    if arguments.pin and ranks > cores:
+        raise UsageError(f"--pin with {ranks} ranks: each needs a core, and there are {cores}")
     wires, skipped = fitting_wires(geometry, ranks, _wires(arguments.wire), arguments.combine_wire)
     if arguments.routing not in DISTRIBUTIONS:
         load_recorded(arguments.routing, geometry)  # its errors are worth one process, not W
@@ -144,7 +148,7 @@ def _sweep(
     tokens = tuple(arguments.tokens or (_QUICK_TOKENS if quick else _USUAL_TOKENS))
     sweep = Sweep(
         geometry, ranks, tokens, wires, arguments.combine_wire, names, arguments.routing,
-        arguments.seed, not arguments.no_rivals, effort,
+        arguments.seed, not arguments.no_rivals, effort, arguments.pin,
     )  # fmt: skip
     return sweep, skipped
 

@@ -12,9 +12,8 @@ import signal
 import threading
 import time
 import traceback
-from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from moe_a2a.bench.events import Failed
 from moe_a2a.errors import MoeA2AError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from multiprocessing.context import ForkServerProcess
 
     from moe_a2a.bench.cases import Sweep
@@ -101,29 +100,27 @@ def start_ranks(body: Body, sweep: Sweep, show: Tell) -> None:
     context.set_forkserver_preload([body.__module__])
     ranks: list[_Watched] = []
     try:
-        with _interrupt_blocked():
-            for rank in range(sweep.ep_size):
-                ear, mouth = context.Pipe(duplex=False)
-                place = _Place(rank, sweep.ep_size, store.port)
-                process = context.Process(
-                    target=_rank_main, args=(body, sweep, place, mouth), daemon=True
-                )
-                process.start()
-                mouth.close()
-                ranks.append(_Watched(rank, process, ear))
+        _start_forkserver()
+        for rank in range(sweep.ep_size):
+            ear, mouth = context.Pipe(duplex=False)
+            place = _Place(rank, sweep.ep_size, store.port)
+            process = context.Process(
+                target=_rank_main, args=(body, sweep, place, mouth), daemon=True
+            )
+            process.start()
+            mouth.close()
+            ranks.append(_Watched(rank, process, ear))
         _supervise(ranks, show)
     finally:
         _end(ranks)
 
 
-@contextmanager
-def _interrupt_blocked() -> Iterator[None]:
-    """Processes started inside inherit the mask; a Ctrl-C meanwhile is heard at the end."""
-    # Its own start would unblock the signal.
-    resource_tracker.ensure_running()
+def _start_forkserver() -> None:
+    """With SIGINT blocked, which it hands down to the ranks. A Ctrl-C meanwhile is heard after."""
+    resource_tracker.ensure_running()  # first: its own start unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

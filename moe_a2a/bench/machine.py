@@ -39,6 +39,7 @@ def circumstances(argv: Sequence[str]) -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "machine": machine(),
+        "load_average": round(os.getloadavg()[0], 2),  # what else ran: W of it are the ranks
         "versions": versions(),
     }
 

@@ -1,7 +1,7 @@
 """The figure of a run: pair latency against tokens, one line per backend or rival.
 
-One panel per wire that a rival was measured on or that is alone; further wires of the first backend
-share a panel, one line each.
+The first panel is the first wire's, with the rivals and the memcpy bound; where there are more
+wires, a second one compares them on the first backend.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _GREY = "#666666"
 _LABEL_GAP = 0.062  # of the panel's height
 
 Case = dict[str, Any]
+Line = tuple[str, list[int], list[float]]  # name, tokens, microseconds
 
 
 def write_plot(document: Mapping[str, Any], path: Path) -> None:
@@ -34,9 +35,11 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = _panels(document["cases"])
-    figure = Figure(figsize=(1.4 + 6.2 * len(panels), 5.0), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(1.6 + 6.2 * len(panels), 5.0), layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, lines) in zip(axes, panels, strict=True):
@@ -48,15 +51,12 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-Line = tuple[str, list[int], list[float]]  # name (None-like "memcpy bound" is dashed), x, y
-
-
 def _panels(cases: Sequence[Case]) -> list[tuple[str, list[Line]]]:
     """(title, lines) of each panel."""
     wires = list(dict.fromkeys(case["wire"] for case in cases))
     first = wires[0]
     names = list(dict.fromkeys(case["name"] for case in cases if case["wire"] == first))
-    panels = [(f"{first}", [_line(cases, name, name, first) for name in names])]
+    panels = [(f"wire {first}", [_line(cases, name, name, first) for name in names])]
     if len(wires) > 1:
         ours = next(case["name"] for case in cases if case["kind"] == "backend")
         panels.append((f"{ours}, by wire", [_line(cases, wire, ours, wire) for wire in wires]))
@@ -115,18 +115,31 @@ def _label(panel: Any, ends: Sequence[tuple[str, int, float, Any]]) -> None:
     panel.autoscale_view()
     heights = [(float(to_axes.transform((x, y))[1]), name, colour) for name, x, y, colour in ends]
     heights.sort()
-    placed: list[float] = []
-    for height, _, _ in heights:
-        placed.append(max(height, placed[-1] + _LABEL_GAP) if placed else height)
-    # Spread around where they belong rather than upwards only.
-    shift = sum(p - h for p, (h, _, _) in zip(placed, heights, strict=True)) / len(placed)
+    placed = _apart([height for height, _, _ in heights])
     for place, (_, name, colour) in zip(placed, heights, strict=True):
         panel.annotate(
             name,
-            (1.01, place - shift),
+            (1.01, place),
             xycoords="axes fraction",
             va="center",
             fontsize=9,
             color=colour,
             annotation_clip=False,
         )
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Ascending heights, a gap between neighbours, each as near to where it was as that allows."""
+    # Without the gaps this is isotonic regression: runs that overlap share their mean.
+    runs: list[list[float]] = []
+    for index, height in enumerate(heights):
+        runs.append([height - index * _LABEL_GAP])
+        while len(runs) > 1 and _mean(runs[-2]) > _mean(runs[-1]):
+            last = runs.pop()
+            runs[-1] += last
+    means = [_mean(run) for run in runs for _ in run]
+    return [mean + index * _LABEL_GAP for index, mean in enumerate(means)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

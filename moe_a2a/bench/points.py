@@ -5,8 +5,9 @@ Shape letters: T tokens of this rank, W ep_size.
 
 from __future__ import annotations
 
+import os
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from moe_a2a.bench.rivals import RIVALS, Rival, Round
 from moe_a2a.bench.timing import Timings, measure, slowest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from moe_a2a.bench.events import Tell
 
 __all__ = ["check_backend", "run_points"]
@@ -55,6 +58,17 @@ def check_backend(a2a: AllToAll, oracle: Oracle, inputs: Inputs, rows: int) -> t
     return y
 
 
+@contextmanager
+def _pinned(rank: int) -> Iterator[None]:
+    """Keeps the calling thread to a core of its own; gloo's threads stay free."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[rank % len(before)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class _Points:
     def __init__(self, sweep: Sweep, tell: Tell) -> None:
         self._sweep, self._tell = sweep, tell
@@ -80,6 +94,9 @@ class _Points:
                     stack.enter_context(AllToAll(spec, backend=name))
                     for name in self._sweep.backends
                 ]
+                if self._sweep.pinned:
+                    # After opening: a backend may look at how many cores there are.
+                    stack.enter_context(_pinned(self._rank))
                 for tokens in self._sweep.tokens:
                     self._point(wire, tokens, opened)
         self._tell(Results(self._cases))

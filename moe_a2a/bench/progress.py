@@ -25,6 +25,7 @@ class Display:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("starting the ranks", total=None)
+            self._bar.refresh()
         return self
 
     def __exit__(
@@ -49,7 +50,11 @@ class Display:
                 self._line(f"[{event.done + 1}/{event.total}] {event.label}")
             else:
                 self._bar.update(
-                    self._task, completed=event.done, total=event.total, description=event.label
+                    self._task,
+                    completed=event.done,
+                    total=event.total,
+                    description=event.label,
+                    refresh=True,
                 )
 
     def _line(self, text: str) -> None:
@@ -73,4 +78,5 @@ def _rich_bar() -> Any:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    return Bar(*columns, console=Console(stderr=True), transient=True)
+    # No refresh by a thread: it would take time from the ranks that are being measured.
+    return Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)

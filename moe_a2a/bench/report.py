@@ -41,6 +41,7 @@ def as_document(
         "ep_size": sweep.ep_size,
         "routing": without_directory(sweep.routing),
         "seed": sweep.seed,
+        "pinned": sweep.pinned,
         "skipped": dict(skipped),
         "cases": list(cases),
     }
@@ -62,7 +63,7 @@ def heading(document: Mapping[str, Any]) -> str:
     return (
         f"{geometry['name']}: hidden {geometry['hidden_size']}, top-{geometry['top_k']} of "
         f"{geometry['num_experts']} experts, {document['ep_size']} ranks, "
-        f"{document['routing']} routing"
+        f"{document['routing']} routing" + (", pinned" if document.get("pinned") else "")
     )
 
 

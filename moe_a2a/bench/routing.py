@@ -80,8 +80,11 @@ def load_recorded(path: str, geometry: Geometry) -> Recorded:
     try:
         with numpy.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("topk_ids", "topk_weights") if name in file}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--routing {path}: not an .npz file ({error})") from None
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+        raise UsageError(
+            f"--routing {path}: expected an .npz file with topk_ids and topk_weights, and this is "
+            "none"
+        ) from None
     for name in ("topk_ids", "topk_weights"):
         if name not in arrays:
             raise UsageError(f"--routing {path}: it has no array {name} [tokens, top_k]")
