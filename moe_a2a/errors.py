@@ -6,7 +6,8 @@ object stays usable: correct the argument and call again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,6 +64,10 @@ class PeerTimeout(MoeA2AError, TimeoutError):
         self.round = round
         self.waited = waited
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts: dict[str, Any] = {"ranks": self.ranks, "phase": self.phase, "round": self.round}
+        return partial(PeerTimeout, waited=self.waited, **facts), self.args
+
 
 class BackendUnavailable(MoeA2AError, RuntimeError):
     """No usable backend; ``reasons`` maps each backend asked for to why it can't be used."""
@@ -70,6 +75,9 @@ class BackendUnavailable(MoeA2AError, RuntimeError):
     def __init__(self, message: str, *, reasons: Mapping[str, str]) -> None:
         super().__init__(message)
         self.reasons = dict(reasons)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(BackendUnavailable, reasons=self.reasons), self.args
 
 
 class WorkspaceError(MoeA2AError, MemoryError):

@@ -6,19 +6,22 @@ waits that are bounded and can name who is missing. Messages are JSON; nothing i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
 from moe_a2a.errors import GeometryError, MoeA2AError, PeerTimeout
+from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.memory import memory_available
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["Group", "host_identity"]
 
@@ -64,8 +67,23 @@ class Group:
             from torch.distributed.distributed_c10d import _get_process_group_store
 
             self._store = _get_process_group_store(process_group)
-            # The nth object of this rank meets the nth of every other.
-            self._name = f"moe_a2a/{self._store.add(f'moe_a2a/opened/{self.rank}', 1)}"
+            with self._store_errors():
+                self._name = self._meet(self._store)
+
+    def _meet(self, store: _Store) -> str:
+        """Waits until every rank opens; returns a name that only this opening has.
+
+        What a rank knows of earlier openings is in the store too: a failed one, which some ranks
+        took part in and others did not, must not keep them from meeting the next time.
+        """
+        key = f"moe_a2a/used/{self.rank}"
+        used = json.loads(store.get(key)) if store.check([key]) else [0] * self.size
+        attempt = store.add(f"moe_a2a/attempts/{self.rank}", 1)
+        board = StoreBoard(store, "moe_a2a/open", self.rank)
+        lobby = Lobby(self.rank, board, self.timeout, "open", used)
+        lobby.meet(list(range(self.size)), self.size, attempt=attempt)
+        store.set(key, json.dumps(lobby.used))
+        return f"moe_a2a/{hashlib.sha256(repr(lobby.used).encode()).hexdigest()[:24]}"
 
     @property
     def store(self) -> Any:
@@ -91,14 +109,20 @@ class Group:
             return [json.loads(json.dumps(message))]
         self._step += 1
         keys = [self._key(self._step, rank) for rank in range(self.size)]
-        start = time.monotonic()
-        try:
+        with self._store_errors():
             self._store.set(keys[self.rank], json.dumps(message))
-            self._await(keys, start)
+            self._await(keys, time.monotonic())
             messages = [json.loads(self._store.get(key)) for key in keys]
             # Everyone has posted this step, so everyone has read the one before.
             if self._step > 1:
                 self._store.delete_key(self._key(self._step - 1, self.rank))
+        return messages
+
+    @contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
         except MoeA2AError:
             raise
         except RuntimeError as error:  # torch's DistError family: the host of the store has ended
@@ -107,7 +131,6 @@ class Group:
                 start,
                 f"the group's store is gone ({error}): the process that hosts it has ended",
             ) from error
-        return messages
 
     def agree(self, problem: MoeA2AError | None) -> None:
         """Raises on every rank if any has a problem: its own there, one of its class elsewhere."""
@@ -129,7 +152,7 @@ class Group:
         while not self._store.check(list(keys)):
             if time.monotonic() - start > self.timeout:
                 missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise self._timeout(missing, start, "they did not call AllToAll(...)")
+                raise self._timeout(missing, start, "they did not go on opening")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
 
@@ -137,8 +160,7 @@ class Group:
         waited = time.monotonic() - start
         return PeerTimeout(
             f"opening on rank {self.rank} of {self.size}: waited {waited:.1f} s (limit "
-            f"{self.timeout:g} s) for ranks {', '.join(map(str, missing))}: {why}. Every rank of "
-            "the group must construct its AllToAll objects in the same order.",
+            f"{self.timeout:g} s) for ranks {', '.join(map(str, missing))}: {why}",
             ranks=missing,
             phase="open",
             round=0,

@@ -69,7 +69,8 @@ class PrepareFinalize:
         """
         if apply_router_weight_on_input:
             x, topk_weights = self._weighted(x, topk_weights, dispatch_keywords)
-        defer = self.quant == "defer" or defer_input_quant or dispatch_keywords.pop("defer", False)
+        asked = dispatch_keywords.pop("defer", False)
+        defer = asked or defer_input_quant or self.quant == "defer"
         received = self.a2a.dispatch(x, topk_ids, topk_weights, defer=defer, **dispatch_keywords)
         return Prepared(
             received.x,
@@ -100,6 +101,8 @@ class PrepareFinalize:
         """
         if shared is not None:
             self._check_shared(shared)
+            if out is not None and _may_overlap(out, shared):
+                shared = shared.clone()  # combine writes out before shared is added
         combined = self.a2a.combine(y, out=out)
         if routed_scaling_factor is None and shared is None:
             return combined
@@ -132,8 +135,14 @@ class PrepareFinalize:
 
     def _check_shared(self, shared: Tensor) -> None:
         tokens, hidden = self.a2a.round_tokens, self.a2a.spec.hidden_size
+        if not isinstance(shared, torch.Tensor):
+            raise PayloadError(f"shared is {type(shared).__name__}: expected a tensor")
         if shared.shape != (tokens, hidden) or not shared.dtype.is_floating_point:
             raise PayloadError(
                 f"shared is {str(shared.dtype)[6:]} {list(shared.shape)}: expected a floating "
                 f"[{tokens}, {hidden}]"
             )
+
+
+def _may_overlap(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

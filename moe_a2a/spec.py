@@ -6,6 +6,7 @@ R runtime_max_tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,6 @@ from moe_a2a.errors import GeometryError
 from moe_a2a.formats import FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from moe_a2a.workspace import Workspace
 
 __all__ = ["COMBINE_WIRES", "Spec"]
@@ -118,6 +117,8 @@ class Spec:
                 )
 
     def _check_extra(self) -> None:
+        if not isinstance(self.extra, Mapping):
+            raise GeometryError(f"extra={self.extra!r}: must map names to bytes per token")
         if len(self.extra) > _MAX_EXTRAS:
             raise GeometryError(f"extra has {len(self.extra)} entries: at most {_MAX_EXTRAS}")
         for name, nbytes in self.extra.items():
@@ -130,7 +131,11 @@ class Spec:
     def _check_size(self) -> None:
         if self.num_experts > _MAX_EXPERTS:
             raise GeometryError(f"num_experts={self.num_experts}: at most {_MAX_EXPERTS}")
-        row = 8 * self.hidden_size + sum(self.extra.values())
+        if self.max_tokens_per_rank >= 2**31:
+            raise GeometryError(
+                f"max_tokens_per_rank={self.max_tokens_per_rank}: counts are int32, so < 2**31"
+            )
+        row = 8 * self.hidden_size + self.payload_width + sum(self.extra.values())
         if self.ep_size * self.max_tokens_per_rank * row > _MAX_BYTES:
             raise GeometryError(
                 f"ep_size={self.ep_size} x max_tokens_per_rank={self.max_tokens_per_rank} rows of "

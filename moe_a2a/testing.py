@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # where type checkers find it
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ class RankExit(NamedTuple):
 
 
 class RankRaised(RuntimeError):
-    """A rank function raised: the text has the rank and its traceback, ``__cause__`` the exception."""
+    """A rank function raised: the text has rank and traceback, ``__cause__`` is the exception."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f"rank {rank} raised:\n{text}")
@@ -118,7 +119,7 @@ class _Died(NamedTuple):
 
 
 class RankPool:
-    """``size`` rank processes that live until `close`, or anew after a death or a hang.
+    """``size`` rank processes that live until `close`; new ones after an exception, death or hang.
 
     Args:
         size: ranks; `run` may use fewer.
@@ -158,8 +159,9 @@ class RankPool:
             answers = self._crew.collect(size, limit, until_death=True)
             self._judge(answers, size, limit)
         finally:
-            done = len(answers) == size
-            if not done or any(isinstance(a, _Died) for a in answers.values()):
+            # Ranks that raised may have left a collective halfway: the group is not to be trusted.
+            clean = not any(isinstance(answer, (_Died, _Raised)) for answer in answers.values())
+            if len(answers) < size or not clean:
                 self.close()
         return [answers[rank] for rank in range(size)]
 
@@ -206,7 +208,9 @@ def run_ranks(
         answers = crew.collect(size, timeout, until_death=False)
         late = [rank for rank in range(size) if rank not in answers]
         if late:
-            raised = [f"rank {r} raised:\n{a.text}" for r, a in answers.items() if isinstance(a, _Raised)]
+            raised = [
+                f"rank {r} raised:\n{a.text}" for r, a in answers.items() if isinstance(a, _Raised)
+            ]
             raise RankHung(late, timeout, "\n".join([*raised, crew.stacks(late)]))
     finally:
         crew.kill()
@@ -229,7 +233,7 @@ class _Crew:
         start = multiprocessing.get_context("forkserver")
         start.set_forkserver_preload([*_PRELOAD, *preload])
         # Here, so that it outlives every rank; the port is the system's choice.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory(prefix="moe_a2a_stacks_")
         self._groups = {size}
         self._pipes: list[Connection] = []
@@ -310,11 +314,12 @@ class _Crew:
 def _serve(pipe: Connection, rank: int, size: int, port: int, stack_file: str) -> None:
     """The life of a rank process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
-    faulthandler.register(signal.SIGUSR1, file=Path(stack_file).open("w"), all_threads=True)
+    stacks = Path(stack_file).open("w")  # noqa: SIM115 - for as long as the process lives
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     limit = timedelta(seconds=60)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     groups: dict[int, Any] = {size: dist.group.WORLD}
     while True:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from moe_a2a.testing import RankPool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BACKENDS = ("shm", "collective")
 PRELOAD = ("pytest", "hypothesis", "hypothesis.strategies", "ml_dtypes")

@@ -40,7 +40,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What one rank receives: [W, R, ...], rows at or past counts[s] filled as `scrub="all"` does."""
+    """What one rank receives: [W, R, ...], rows past counts[s] filled as `scrub="all"` does."""
 
     counts: np.ndarray
     payload: np.ndarray  # bytes

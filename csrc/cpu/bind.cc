@@ -36,7 +36,7 @@ Geometry geometry_from(const Numbers& n) {
   require(n.size() >= 7 && n.size() <= 7 + kMaxExtras, "geometry has 7 numbers and the extras");
   for (int64_t value : n) require(value >= 0, "geometry is not negative");
   Geometry g{n[0], n[1], n[2], n[3], n[4], n[5], n[6], static_cast<int64_t>(n.size()) - 7, {}};
-  require(g.ep_size >= 1 && g.ep_size <= kMaxRanks, "ep_size in 1..64");
+  require(g.ep_size >= 1, "ep_size");
   require(g.num_experts >= 1 && g.top_k >= 1 && g.top_k <= kMaxTopK, "experts and top_k");
   for (int64_t i = 0; i < g.num_extras; ++i) g.extra_bytes[i] = n[7 + i];
   return g;
@@ -67,10 +67,11 @@ ffi::Array<NamedRegion> workspace_regions(Numbers numbers) {
 // shape: [H, Kp, wire, combine wire, wire's payload bytes, wire's scale bytes, invalid id,
 // scrub all, debug]
 ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numbers windows,
-                             int64_t timeout_ns, int64_t spin_ns) {
+                             int64_t timeout_ns, int64_t spin_ns, int64_t cached) {
   auto object = ffi::make_object<EndpointObj>();
   Endpoint& e = object->endpoint;
   e.geometry = geometry_from(geometry);
+  require(e.geometry.ep_size <= kMaxRanks, "ep_size in 1..64");
   e.layout = make_layout(e.geometry);
   require(shape.size() == 9, "shape has 9 numbers");
   e.shape = {shape[0],
@@ -88,6 +89,7 @@ ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numb
   e.rank = static_cast<int>(rank);
   e.timeout_ns = timeout_ns;
   e.spin_ns = spin_ns;
+  e.cached = cached;
   for (int64_t address : windows) e.window.push_back(reinterpret_cast<uint8_t*>(address));
   e.owner.resize(e.geometry.num_experts);
   for (int64_t x = 0; x < e.geometry.num_experts; ++x)
@@ -103,7 +105,7 @@ ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numb
 Rows rows_of(const ffi::TensorView& t, int64_t rows, int64_t width, const char* name) {
   const int64_t item = t.dtype().bits / 8 * t.dtype().lanes;
   require(t.device().device_type == kDLCPU && t.ndim() == 2 && t.size(0) == rows &&
-              t.size(1) * item == width && (t.stride(1) == 1 || t.size(1) <= 1),
+              t.size(1) * item == width && (t.stride(1) == 1 || t.size(1) <= 1 || rows == 0),
           name);
   return {static_cast<const uint8_t*>(t.data_ptr()), t.stride(0) * item};
 }
@@ -171,7 +173,8 @@ int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView ou
   require(a.scalar >= 0 && a.scalar == scalar_of(out), "y and out have one floating dtype");
   const int64_t item = scalar_bytes(a.scalar);
   require(y.device().device_type == kDLCPU && y.ndim() == 3 && y.size(0) == e.geometry.ep_size &&
-              y.size(1) == e.max_rows && y.size(2) == e.shape.hidden && y.stride(2) == 1,
+              y.size(1) == e.max_rows && y.size(2) == e.shape.hidden &&
+              (y.stride(2) == 1 || e.max_rows == 0),
           "y [W, R, H]");
   require(row_quantizer(e.shape.combine_wire, a.scalar) != nullptr ||
               e.shape.hidden * item == e.geometry.combine_bytes,

@@ -1,6 +1,7 @@
 // Combine: every expert rank pushes its rows to the ranks they came from, which sum them.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "../codec.h"
 #include "endpoint.h"
@@ -142,18 +143,18 @@ RowReducer row_reducer(int wire, int scalar) {
 
 // Pushes what rank `source` is owed into its inbox. With a quantized wire the rank's own rows take
 // the same way, so that a result does not depend on where an expert lives.
-void push(Endpoint& e, const CombineArgs& a, int source) {
+void push(Endpoint& e, const CombineArgs& a, int source, Copy copy) {
   const RowQuantizer quantizer = row_quantizer(e.shape.combine_wire, a.scalar);
   const int64_t rows = e.received[source], row_bytes = e.geometry.combine_bytes;
   const uint8_t* y = a.y + source * a.source_stride;
   uint8_t* inbox = e.inbox_row(source, e.rank, 0);
   if (quantizer == nullptr && a.row_stride == row_bytes) {
-    std::memcpy(inbox, y, rows * row_bytes);
+    copy(inbox, y, rows * row_bytes);
     return;
   }
   for (int64_t i = 0; i < rows; ++i, y += a.row_stride, inbox += row_bytes) {
     if (quantizer == nullptr)
-      std::memcpy(inbox, y, row_bytes);
+      copy(inbox, y, row_bytes);
     else
       quantizer(y, inbox, inbox + e.shape.hidden, {e.shape.hidden, e.shape.hidden, 1.0f});
   }
@@ -188,8 +189,10 @@ Status combine(Endpoint& e, const CombineArgs& a, int64_t slice_ns) {
   e.facts.phase = kCombineOp;
   e.combine = a;
   const bool quantized = row_quantizer(e.shape.combine_wire, a.scalar) != nullptr;
+  const int64_t rows = std::accumulate(e.received, e.received + e.geometry.ep_size, int64_t{0});
+  const Copy copy = e.copy_of(rows * e.geometry.combine_bytes);
   for_each_rank(e.facts.active, [&](int source) {
-    if (source != e.rank || quantized) push(e, a, source);
+    if (source != e.rank || quantized) push(e, a, source, copy);
   });
   announce(e, kArriveCombine, nullptr);
   return finish_combine(e, slice_ns);

@@ -35,30 +35,6 @@ struct RowBytes {
   const uint8_t* scales;
 };
 
-// The wire row of token t: the caller's own bytes, or quantized into `scratch`.
-RowBytes wire_row(Endpoint& e, const DispatchArgs& a, RowQuantizer quantizer, int64_t t) {
-  if (quantizer == nullptr) return {a.payload.row(t), a.scales.data ? a.scales.row(t) : nullptr};
-  uint8_t* payload = e.scratch.data();
-  uint8_t* scales = payload + round_up(e.geometry.payload_bytes, kLine);
-  quantizer(a.payload.row(t), payload, scales, {e.shape.hidden, e.shape.padded, a.global_scale});
-  return {payload, scales};
-}
-
-void write_row(const Endpoint& e, const DispatchArgs& a, int64_t t, int64_t index, int to,
-               int64_t payload_bytes, int64_t scale_bytes, const RowBytes& row,
-               const Choices& choices) {
-  const int64_t k_bytes = e.geometry.top_k * 4;
-  std::memcpy(e.region(to, kPayload) + index * payload_bytes, row.payload, payload_bytes);
-  if (scale_bytes != 0)
-    std::memcpy(e.region(to, kScales) + index * scale_bytes, row.scales, scale_bytes);
-  std::memcpy(e.region(to, kIds) + index * k_bytes, choices.ids, k_bytes);
-  std::memcpy(e.region(to, kWeights) + index * k_bytes, choices.weights, k_bytes);
-  for (int i = 0; i < e.geometry.num_extras; ++i) {
-    const int64_t nbytes = e.geometry.extra_bytes[i];
-    std::memcpy(e.region(to, kExtra + i) + index * nbytes, a.extra[i].row(t), nbytes);
-  }
-}
-
 struct RowSizes {
   int64_t payload, scales;
 };
@@ -68,19 +44,55 @@ RowSizes row_sizes(const Endpoint& e, bool deferred) {
   return {e.shape.payload_row, e.shape.scale_row};
 }
 
+// What one dispatch needs for each of its rows.
+struct Sender {
+  Endpoint& e;
+  const DispatchArgs& a;
+  RowSizes bytes;
+  RowQuantizer quantizer;  // null where the caller's bytes move as they are
+  Copy copy;
+
+  Sender(Endpoint& endpoint, const DispatchArgs& args)
+      : e(endpoint),
+        a(args),
+        bytes(row_sizes(e, a.deferred)),
+        quantizer(a.input < 0 ? nullptr : row_quantizer(a.wire, a.input)),
+        copy(e.copy_of(a.tokens * bytes.payload * std::min(e.geometry.ep_size, e.geometry.top_k))) {
+  }
+
+  RowBytes wire_row(int64_t t) const {
+    if (quantizer == nullptr) return {a.payload.row(t), a.scales.data ? a.scales.row(t) : nullptr};
+    uint8_t* payload = e.scratch.data();
+    uint8_t* scales = payload + round_up(e.geometry.payload_bytes, kLine);
+    quantizer(a.payload.row(t), payload, scales, {e.shape.hidden, e.shape.padded, a.global_scale});
+    return {payload, scales};
+  }
+
+  void write(int64_t t, const RowBytes& row, const Choices& choices, int to, int64_t index) const {
+    const int64_t k_bytes = e.geometry.top_k * 4;
+    copy(e.region(to, kPayload) + index * bytes.payload, row.payload, bytes.payload);
+    if (bytes.scales != 0)
+      std::memcpy(e.region(to, kScales) + index * bytes.scales, row.scales, bytes.scales);
+    std::memcpy(e.region(to, kIds) + index * k_bytes, choices.ids, k_bytes);
+    std::memcpy(e.region(to, kWeights) + index * k_bytes, choices.weights, k_bytes);
+    for (int i = 0; i < e.geometry.num_extras; ++i) {
+      const int64_t nbytes = e.geometry.extra_bytes[i];
+      std::memcpy(e.region(to, kExtra + i) + index * nbytes, a.extra[i].row(t), nbytes);
+    }
+  }
+};
+
 template <class Id>
 void send_rows(Endpoint& e, const DispatchArgs& a, int32_t* sent) {
-  const RowSizes bytes = row_sizes(e, a.deferred);
-  const RowQuantizer quantizer = a.input < 0 ? nullptr : row_quantizer(a.wire, a.input);
+  const Sender sender(e, a);
   Choices choices;
   for (int64_t t = 0; t < a.tokens; ++t) {
     read_choices<Id>(e, a, t, choices);
     e.ranks_of_token[t] = choices.ranks;
     if (choices.ranks == 0) continue;
-    const RowBytes row = wire_row(e, a, quantizer, t);
+    const RowBytes row = sender.wire_row(t);
     for_each_rank(choices.ranks, [&](int to) {
-      const int64_t index = e.rank * a.max_rows + sent[to]++;
-      write_row(e, a, t, index, to, bytes.payload, bytes.scales, row, choices);
+      sender.write(t, row, choices, to, e.rank * a.max_rows + sent[to]++);
     });
   }
 }

@@ -10,6 +10,7 @@
 #include "../args.h"
 #include "../epoch.h"
 #include "../layout.h"
+#include "copy.h"
 #include "quantize.h"
 
 namespace moe_a2a::cpu {
@@ -48,6 +49,7 @@ struct Endpoint {
   Shape shape;
   int rank;
   int64_t timeout_ns, spin_ns;
+  int64_t cached;  // bytes that all ranks may write in one operation and still find in the cache
   std::vector<uint8_t*> window;  // [W]
   std::vector<uint8_t> owner;    // [E]
 
@@ -72,6 +74,10 @@ struct Endpoint {
   Line& line(int owner_rank, ControlRow row, int source) const {
     const int64_t index = 1 + row * geometry.ep_size + source;
     return *reinterpret_cast<Line*>(window[owner_rank] + index * kLine);
+  }
+  // For `nbytes` that this rank writes now, as every other rank does.
+  Copy copy_of(int64_t nbytes) const {
+    return nbytes * geometry.ep_size > cached ? copy_streaming : copy_cached;
   }
   // Where the row in `slot` of rank `from` lies in the combine inbox of rank `to`.
   uint8_t* inbox_row(int to, int from, int64_t slot) const {

@@ -41,9 +41,9 @@ void pause_briefly() {
 #endif
 }
 
-// Waits until `ready()` or until `ns` have passed: polls for the endpoint's spin time, then sleeps on
-// the doorbell. Polling gives the core away every microsecond, since the peer that it waits for may
-// be on the same one: without that two ranks stay in lockstep of one spin time each.
+// Waits until `ready()` or until `ns` have passed: polls for the endpoint's spin time, then sleeps
+// on the doorbell. Polling gives the core away every microsecond, since the peer that it waits for
+// may be on the same one: without that two ranks stay in lockstep of one spin time each.
 template <class Ready>
 bool wait_for(Endpoint& e, int64_t ns, Ready ready) {
   const auto start = Clock::now();
@@ -106,7 +106,7 @@ void expire(Endpoint& e, ControlRow row) {
   wait_for(e, kGraceNs, [&] {
     posted = posters(e);
     for_each_rank(posted, [&](int peer) { missed |= e.line<Post>(e.rank, kPost, peer).missing; });
-    return (e.facts.active & ~self & ~posted & ~missed) == 0;
+    return (e.facts.active & ~self & ~posted) == 0;
   });
   for_each_rank(posted, [&](int peer) {
     if (e.line<Post>(e.rank, kPost, peer).missing & self) e.failure.accusers |= uint64_t{1} << peer;
@@ -138,6 +138,7 @@ bool check_facts(Endpoint& e, ControlRow row) {
 }  // namespace
 
 void announce(Endpoint& e, ControlRow row, const int32_t* counts) {
+  copies_done();
   for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
     Arrival& arrival = e.line<Arrival>(peer, row, e.rank);
     arrival.count = counts == nullptr ? 0 : counts[peer];

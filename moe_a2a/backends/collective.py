@@ -25,8 +25,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from moe_a2a import formats
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
-from moe_a2a.backends.lobby import Lobby
 from moe_a2a.errors import PeerTimeout, WorkspaceError
+from moe_a2a.lobby import Lobby, StoreBoard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,7 +83,13 @@ class Collective:
         self._owner = torch.tensor(owners)
         self._operation, self._generation, self._round = 1, 1, 0
         self._seen = [-1] * spec.ep_size  # operation at which a peer's header last came
-        self._lobby = Lobby(self._rank, spec.ep_size, _Keys(group), opening.timeout)
+        self._lobby = Lobby(
+            self._rank,
+            StoreBoard(group.store, group.name, self._rank),
+            opening.timeout,
+            "reset",
+            [0] * spec.ep_size,
+        )
         self._connect(list(range(spec.ep_size)), "open")
         # Nobody closes its ends of the connections before everyone has them all.
         group.agree(None)
@@ -113,7 +119,7 @@ class Collective:
         if len(members) == 1:
             return
         prefix = f"{self._group.name}/gloo/{self._generation}"
-        store = dist.PrefixStore(prefix, self._group.store)
+        store = PrefixStore(prefix, self._group.store)
         limit = timedelta(seconds=self._timeout)
         here, size = members.index(self._rank), len(members)
         start = time.monotonic()
@@ -324,10 +330,9 @@ class Collective:
         deadline = time.monotonic() + _GRACE
         try:
             self._group.store.set(f"{board}/{self._rank}", json.dumps(sorted(mine)))
-            while time.monotonic() < deadline and set(self._members) - posted - missed - {
-                self._rank
-            }:
-                for peer in set(self._members) - posted - {self._rank}:
+            others = set(self._members) - {self._rank}
+            while time.monotonic() < deadline and others - posted:
+                for peer in others - posted:
                     if self._group.store.check([f"{board}/{peer}"]):
                         posted.add(peer)
                         missed |= set(json.loads(self._group.store.get(f"{board}/{peer}")))
@@ -350,26 +355,6 @@ class Collective:
 
     def close(self) -> None:
         self._peers = None
-
-
-class _Keys:
-    """A board in the group's store."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-
-    def post(self, peers: list[int], words: list[int]) -> None:
-        if peers:
-            self._group.store.set(self._key(self._group.rank), json.dumps(words))
-
-    def read(self, peer: int) -> list[int]:
-        if not self._group.store.check([self._key(peer)]):
-            return [0] * 10
-        words: list[int] = json.loads(self._group.store.get(self._key(peer)))
-        return words
-
-    def _key(self, rank: int) -> str:
-        return f"{self._group.name}/lobby/{rank}"
 
 
 def _interruptible(call: Callable[[], Any], seconds: float) -> Any:

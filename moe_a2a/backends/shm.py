@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_a2a._build import cpu_compiler
 from moe_a2a._ops import cpu_library
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
-from moe_a2a.backends.lobby import Lobby
 from moe_a2a.backends.window import PeerWindow, Ticket, Window
 from moe_a2a.errors import BuildError, MoeA2AError, WorkspaceError
 from moe_a2a.formats import FORMATS
+from moe_a2a.lobby import Lobby
 from moe_a2a.workspace import geometry_numbers
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["Shm"]
 _MAX_RANKS = 64  # bits of a mask
 _PENDING = 1
 _SLICE_NS = 50_000_000  # a kernel comes back this often, so that Ctrl-C is heard
+_SPIN_NS = 100_000
 _MISMATCH = 2
 _WIRES = (*FORMATS, "fp32")  # order of csrc/args.h
 
@@ -65,20 +67,21 @@ class Shm:
         self._spec, self._rank, self._timeout = spec, group.rank, opening.timeout
         self._library = cpu_library()
         self._control = spec.workspace().region("control").nbytes
-        window: Window | None = None
+        self._peers: dict[int, PeerWindow] = {}
+        self._lobby_peers: dict[int, PeerWindow] = {}
         problem: MoeA2AError | None = None
         try:
             self._check_memory(group)
-            window = self._make_window()
+            # The lobby outlives the windows that rounds use: see reset().
+            self._window = self._lobby_window = self._make_window()
         except MoeA2AError as error:
             problem = error
-        group.agree(problem)
-        assert window is not None
-        self._window = window
         try:
+            group.agree(problem)
             self._connect(opening, group)
         except BaseException:
-            window.close()
+            if problem is None:
+                self.close()
             raise
 
     def _connect(self, opening: Opening, group: Group) -> None:
@@ -87,8 +90,6 @@ class Shm:
         problem: MoeA2AError | None = None
         try:
             self._peers = self._open_peers(tickets)
-            # The lobby outlives the windows that rounds use: see reset().
-            self._lobby_window = self._window
             self._lobby_peers = self._open_peers(tickets, self._control)
         except MoeA2AError as error:
             problem = error
@@ -99,14 +100,15 @@ class Shm:
             for r in range(self._spec.ep_size)
         ]
         board = _Lines(self._rank, lobby)
-        self._lobby = Lobby(self._rank, self._spec.ep_size, board, opening.timeout)
+        self._lobby = Lobby(self._rank, board, opening.timeout, "reset", [0] * self._spec.ep_size)
         self._endpoint: Any = self._library.endpoint_open(
             geometry_numbers(self._spec),
             self._shape(opening.debug),
             self._rank,
             self._addresses(),
             int(opening.timeout * 1e9),
-            self._spin_ns(),
+            _SPIN_NS,
+            _cached_bytes(),
         )
         self._views = ReceiveViews(self._spec, self._window.tensor)
 
@@ -123,10 +125,6 @@ class Shm:
             int(spec.scrub == "all"),
             int(debug),
         ]
-
-    def _spin_ns(self) -> int:
-        """Spinning pays while every rank has a core; beyond that it takes a peer's time."""
-        return 100_000
 
     def _check_memory(self, group: Group) -> None:
         wanted = self._spec.workspace().committed * self._spec.ep_size
@@ -240,6 +238,16 @@ class Shm:
         self._peers, self._lobby_peers = {}, {}
 
 
+def _cached_bytes() -> int:
+    """What ranks may write in one operation before they write past the caches: half of the last
+    one, since what they read passes through it too. (sysconf counts those of other cores.)"""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()
+        return int(text.strip().removesuffix("K")) * 1024 // 2
+    except (OSError, ValueError):
+        return 16 << 20
+
+
 class _Lines:
     """A board: each rank's line in the control region of every peer's original window."""
 
@@ -251,6 +259,6 @@ class _Lines:
         for peer in peers:
             self._library.post_meeting(self._windows[peer], len(self._windows), self._rank, words)
 
-    def read(self, peer: int) -> list[int]:
+    def read(self, peers: list[int]) -> list[list[int]]:
         own, size = self._windows[self._rank], len(self._windows)
-        return [int(word) for word in self._library.read_meeting(own, size, peer)]
+        return [[int(n) for n in self._library.read_meeting(own, size, p)] for p in peers]

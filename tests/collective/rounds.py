@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from moe_a2a import AllToAll, Received, Spec
-from moe_a2a.testing import RankContext
 from tests import oracle, oracle_formats
 from tests.formats_cases import raw, wild
 
+if TYPE_CHECKING:
+    from moe_a2a.testing import RankContext
+
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = torch.float8_e4m3fn
-STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "nvfp4": torch.uint8, "mxfp4": torch.uint8}
+STORAGE = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "nvfp4": torch.uint8,
+    "mxfp4": torch.uint8,
+}
 STORAGE |= dict.fromkeys(("fp8", "fp8_block128", "mxfp8"), FP8)
 SCALES = {"bf16": None, "fp16": None, "fp8": torch.float32, "fp8_block128": torch.float32}
 
@@ -329,6 +337,6 @@ def play_rounds(ranks: RankContext, backend: str, case: Case, rounds: list[Round
         for number, rnd in enumerate(rounds):
             try:
                 digests.append(play(a2a, ranks, case, rnd))
-            except AssertionError as error:
+            except AssertionError as error:  # noqa: PERF203
                 raise AssertionError(f"round {number} ({rnd}): {error}") from None
         return digests

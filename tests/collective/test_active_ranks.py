@@ -1,4 +1,4 @@
-"""Ranks left out of rounds: nobody waits for them, nothing reaches them; a reset brings them back."""
+"""Ranks left out of rounds: nobody waits for them, nothing reaches them; a reset returns them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def shrink_and_grow(ranks, backend, case):
             if active[ranks.rank]:
                 for seed in range(3):
                     routing = ("random", "hot", "invalid")[seed]
-                    play(a2a, ranks, case, Round(10 * number + seed, active=active, routing=routing))
+                    play(
+                        a2a, ranks, case, Round(10 * number + seed, active=active, routing=routing)
+                    )
         if ranks.rank in (0, 3):
             with pytest.raises(StateError, match="reset"):
                 play(a2a, ranks, case, Round(50, active=steps[1]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from moe_a2a import AllToAll, Spec
@@ -12,17 +11,17 @@ from tests import oracle
 from tests.collective.rounds import TORCH, Case, Round, play, play_rounds
 
 
-@pytest.mark.parametrize("combine_wire", COMBINE_WIRES)
-def test_y_and_out_in_any_memory(pool, backend, combine_wire):
+def test_y_and_out_in_any_memory(pool, backend):
     """Padding rows of y hold NaN in each of these rounds: see rounds.experts."""
-    choices = ("bf16", "fp16", "fp32") if combine_wire not in TORCH else (None,)
-    rounds = [
-        Round(seed, memory=memory, output=output, specials=seed % 2 == 1, rows=4 + seed % 3)
-        for seed, memory in enumerate(("buffer", "strided", "own", "buffer", "strided"))
-        for output in choices
-    ]
-    case = Case(3, experts=7, top_k=4, combine_wire=combine_wire)
-    pool.run(play_rounds, backend, case, rounds, ranks=3)
+    for combine_wire in COMBINE_WIRES:
+        choices = ("bf16", "fp16", "fp32") if combine_wire not in TORCH else (None,)
+        rounds = [
+            Round(seed, memory=memory, output=output, specials=seed % 2 == 1, rows=4 + seed % 3)
+            for seed, memory in enumerate(("buffer", "strided", "own", "buffer", "strided"))
+            for output in choices
+        ]
+        case = Case(3, experts=7, top_k=4, combine_wire=combine_wire)
+        pool.run(play_rounds, backend, case, rounds, ranks=3)
 
 
 def combine_views(ranks, backend):
@@ -101,11 +100,11 @@ def sum_in_order(ranks, backend, combine_wire, dtype):
     return bool((backwards.astype(oracle.DTYPES[dtype]) != want).any())
 
 
-@pytest.mark.parametrize("combine_wire", COMBINE_WIRES)
-def test_sum_is_fp32_in_rank_order_rounded_once(pool, backend, combine_wire):
-    dtype = combine_wire if combine_wire in TORCH else "fp32"
-    differs = pool.run(sum_in_order, backend, combine_wire, dtype, ranks=8)
-    assert all(differs), "these values would not notice another order"
+def test_sum_is_fp32_in_rank_order_rounded_once(pool, backend):
+    for combine_wire in COMBINE_WIRES:
+        dtype = combine_wire if combine_wire in TORCH else "fp32"
+        differs = pool.run(sum_in_order, backend, combine_wire, dtype, ranks=8)
+        assert all(differs), f"these values would not notice another order ({combine_wire})"
 
 
 def negative_zeros(ranks, backend):
@@ -124,18 +123,16 @@ def test_sum_starts_from_positive_zero(pool, backend):
 
 
 def flushed(ranks, backend, case, rounds):
-    plain = play_rounds(ranks, backend, case, rounds)
     torch.set_flush_denormal(True)
     try:
         with AllToAll(case.spec(), ranks.group, backend=backend, timeout=10) as a2a:
             for number, rnd in enumerate(rounds):
                 recv, out = bare_round(a2a, ranks, case, rnd)
                 torch.set_flush_denormal(False)
-                assert (recv, out) == bare_digest(a2a, ranks, case, rnd), (number, rnd)
+                assert (recv, out) == bare_round(a2a, ranks, case, rnd), (number, rnd)
                 torch.set_flush_denormal(True)
     finally:
         torch.set_flush_denormal(False)
-    return plain
 
 
 def bare_round(a2a, ranks, case, rnd):
@@ -151,13 +148,10 @@ def bare_round(a2a, ranks, case, rnd):
     return arrived, a2a.combine(y).view(torch.int32).numpy().tobytes()
 
 
-bare_digest = bare_round
-
-
-@pytest.mark.parametrize("wire", ["fp8", "mxfp8", "nvfp4", "mxfp4"])
-def test_flush_to_zero_in_the_caller_changes_nothing(pool, backend, wire):
-    case = Case(2, top_k=1, wire=wire, combine_wire="fp32", more={"scrub": "all"})
-    pool.run(flushed, backend, case, [Round(1), Round(2)], ranks=2)
+def test_flush_to_zero_in_the_caller_changes_nothing(pool, backend):
+    for wire in ("fp8", "mxfp8", "nvfp4", "mxfp4"):
+        case = Case(2, top_k=1, wire=wire, combine_wire="fp32", more={"scrub": "all"})
+        pool.run(flushed, backend, case, [Round(1), Round(2)], ranks=2)
 
 
 def repeat(ranks, backend, case, rnd):

@@ -39,9 +39,9 @@ def nested(opened, cases, ranks, rnd):
     """All dispatch, then all combine: what one received stays while the others exchange."""
     received = []
     for a2a, case in zip(opened, cases, strict=True):
-        everyone = [rounds.tokens_of(case, rnd, rank) for rank in range(case.size)]
-        received.append(rounds.send(a2a, case, rnd, everyone[ranks.rank]))
-    for a2a, case, recv in zip(opened, cases, received, strict=True):
+        mine = rounds.tokens_of(case, rnd, ranks.rank)
+        received.append(rounds.send(a2a, case, rnd, mine))
+    for case, recv in zip(cases, received, strict=True):
         everyone = [rounds.tokens_of(case, rnd, rank) for rank in range(case.size)]
         want = rounds.expected(case, rnd, ranks.rank, everyone)
         rounds.check_delivery(case, rnd, recv, want)

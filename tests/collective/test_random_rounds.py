@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_a2a import AllToAll
 from moe_a2a.spec import COMBINE_WIRES
 from tests.collective import rounds
-from tests.collective.rounds import Case, Round, play, play_rounds
+from tests.collective.rounds import Case, Round, play_rounds
 from tests.oracle_formats import WIRES
 
 CASE = Case(4, experts=10, top_k=3, hidden=32, capacity=5, wire="mxfp4", combine_wire="fp32")
@@ -23,9 +23,11 @@ def dawdle(ranks, backend, count, milliseconds):
     with AllToAll(CASE.spec(), ranks.group, backend=backend, timeout=20) as a2a:
         for number in range(count):
             shared = random.Random(number)
-            rnd = Round(number, rows=shared.randint(0, CASE.capacity), routing=shared.choice(
-                ("random", "hot", "invalid", "duplicates")
-            ))
+            rnd = Round(
+                number,
+                rows=shared.randint(0, CASE.capacity),
+                routing=shared.choice(("random", "hot", "invalid", "duplicates")),
+            )
             everyone = [rounds.tokens_of(CASE, rnd, rank) for rank in range(4)]
             sleep_sometimes(own, milliseconds)
             recv = rounds.send(a2a, CASE, rnd, everyone[ranks.rank])
@@ -99,7 +101,9 @@ def round_of(draw, case: Case) -> Round:
         seed=draw(st.integers(0, 2**20)),
         tokens=tuple(draw(st.lists(st.integers(0, rows), min_size=1, max_size=4))),
         rows=rows,
-        routing=draw(st.sampled_from(("random", "hot", "first", "nowhere", "duplicates", "invalid"))),
+        routing=draw(
+            st.sampled_from(("random", "hot", "first", "nowhere", "duplicates", "invalid"))
+        ),
         source="bf16" if defer else draw(st.sampled_from(sources)),
         output=draw(st.sampled_from(("bf16", "fp16", "fp32"))),
         wide_ids=draw(st.booleans()),

@@ -84,7 +84,13 @@ def refused_dispatches(ranks, backend):
         a2a.combine(a2a.combine_buffer().zero_())
         if ranks.rank == 0:
             for change, error, text in DISPATCHES:
-                refuse(f"dispatch({change})", lambda c=change: a2a.dispatch(**GOOD | c), error, text, a2a)
+                refuse(
+                    f"dispatch({change})",
+                    lambda c=change: a2a.dispatch(**GOOD | c),
+                    error,
+                    text,
+                    a2a,
+                )
             zero = torch.zeros(2, CAPACITY, H, dtype=torch.bfloat16)
             refuse("combine", lambda: a2a.combine(zero), StateError, "idle.*dispatch", a2a)
             refuse("buffer", lambda: a2a.combine_buffer(), StateError, "idle.*dispatch", a2a)
@@ -137,7 +143,9 @@ def refused_combines(ranks, backend):
             assert a2a.combine(y)[:, 0].tolist() == [2.0, 1.0, 0.0]
         if ranks.rank == 0:
             stale = recv.x[0, :T]
-            refuse("stale x", lambda: a2a.dispatch(stale, IDS, WEIGHTS), PayloadError, "receive", a2a)
+            refuse(
+                "stale x", lambda: a2a.dispatch(stale, IDS, WEIGHTS), PayloadError, "receive", a2a
+            )
             scale = {"global_scale": torch.ones(())}
             bad = lambda: a2a.dispatch(BF16, IDS, WEIGHTS, **scale)  # noqa: E731
             refuse("global_scale", bad, PayloadError, "nvfp4.*bf16", a2a)
