@@ -143,5 +143,6 @@ def ranks_in(mask: int) -> list[int]:
 
 
 def signed(mask: int) -> int:
-    """A mask of up to 64 ranks as an int64."""
+    """The first 64 ranks of a mask as an int64 (only `collective` has more, and compares those)."""
+    mask &= 2**64 - 1
     return mask - 2**64 if mask >> 63 else mask
