@@ -2,9 +2,10 @@
 
     python benchmarks/make_routing.py                # about 4 minutes on two cores
 
-Uniform random ids flatter a dispatch: every rank receives about the same number of tokens.  This script trains a byte-level language model with
-256 experts and top-8 routing on the sources that ship with Python, runs it over text that it was
-not trained on, and records what the router of one layer chose, as an .npz with
+Uniform random ids flatter a dispatch: every rank receives about the same number of tokens.  This
+script trains a byte-level language model with 256 experts and top-8 routing on the sources that
+ship with Python, runs it over text that it was not trained on, and records what the router of one
+layer chose, as an .npz with
 
     topk_ids      int16 [T, K]    experts by falling weight, all different
     topk_weights  float32 [T, K]  each row sums to 1

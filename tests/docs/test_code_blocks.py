@@ -11,7 +11,7 @@ BLOCKS = [
     pytest.param(block, id=f"{name}-{number}")
     for name in DOCUMENTS
     for number, block in enumerate(
-        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     )
 ]
 
