@@ -31,11 +31,12 @@ struct alignas(kLine) Arrival {
 };
 static_assert(sizeof(Arrival) == kLine, "one line each: two sources never share one");
 
-// A rank whose wait expired tells its peers whom it missed.
+// A rank that gives a round up tells its peers why: whom it missed, or that it disagrees with one.
 struct alignas(kLine) Post {
   uint32_t generation;  // stored last, with release
-  uint32_t round;
+  uint32_t disagrees;
   uint64_t missing;
+  RoundFacts facts;
 };
 static_assert(sizeof(Post) == kLine, "one line each");
 

@@ -62,7 +62,13 @@ def cpu_compiler() -> str:
     Raises:
         BuildError: there is none.
     """
-    for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
+    wanted = os.environ.get("CXX", "").strip()
+    try:
+        if wanted and not shutil.which(shlex.split(wanted)[0]):
+            raise BuildError(f"CXX={wanted!r}: there is no such compiler")
+    except ValueError as error:  # an open quote
+        raise BuildError(f"CXX={wanted!r}: {error}") from None
+    for name in (wanted, "g++", "c++", "clang++"):
         if name and shutil.which(shlex.split(name)[0]):
             return name
     raise BuildError(

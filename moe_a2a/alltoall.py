@@ -6,6 +6,7 @@ R runtime_max_tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from typing import TYPE_CHECKING
@@ -71,11 +72,13 @@ class AllToAll:
         self._failure: MoeA2AError | None = None
         self._closed = False
         self._dispatched = False
+        self._process = os.getpid()
         limit = 30.0
         problem: MoeA2AError | None = None
         try:
             limit = _seconds(timeout)
-            self.device = _check_arguments(spec, device, max_blocks)
+            self.device = _check_arguments(spec, backend, device, max_blocks, debug)
+            spec.workspace()  # compiles the library, where a compiler is missing on one rank only
         except MoeA2AError as error:
             problem = error
         ranks = Group(group, limit)
@@ -143,13 +146,18 @@ class AllToAll:
         impl = self._ready("dispatch", dispatched=False)
         rules = self._rules
         rows = rules.rows(runtime_max_tokens)
-        deferred = defer and rules.deferral(defer)
+        deferred = defer is not False and rules.deferral(defer)
         rules.inputs(x, topk_ids, topk_weights, scales, rows, deferred)
         tokens = x.shape[0]
         if global_scale is not None:
             rules.global_scale(global_scale)
-        if extra or self.spec.extra:
+            self._apart("global_scale", global_scale)
+        if extra is not None or self.spec.extra:
             extra = rules.extra(extra, tokens)
+            for name, value in extra.items():
+                self._apart(f"extra[{name!r}]", value)
+        if scales is not None:
+            self._apart("scales", scales)
         active = rules.active(active_ranks, self._active, self.ep_rank)
         self._apart("x", x)
         self._apart("topk_ids", topk_ids)
@@ -225,9 +233,11 @@ class AllToAll:
         spec = self.spec
         if dtype not in self._buffers:
             most = spec.ep_size * spec.max_tokens_per_rank * spec.hidden_size
-            self._buffers[dtype] = torch.empty(most, dtype=dtype, device=self.device)
+            with torch.inference_mode(False):  # it outlives the mode that the caller is in
+                self._buffers[dtype] = torch.empty(most, dtype=dtype, device=self.device)
         shape = (spec.ep_size, self._round[1], spec.hidden_size)
-        return self._buffers[dtype][: shape[0] * shape[1] * shape[2]].view(shape)
+        # Detached: a write that records gradients stays with the tensor handed out here.
+        return self._buffers[dtype][: shape[0] * shape[1] * shape[2]].view(shape).detach()
 
     def reset(self, active_ranks: Tensor | Sequence[bool] | None = None) -> None:
         """Starts anew with ``active_ranks`` (default: all). Collective over those ranks.
@@ -235,9 +245,9 @@ class AllToAll:
         Raises:
             PeerTimeout: ranks that did not call it; it may be called again.
         """
-        if self._closed:
+        self._check_process("reset")
+        if self._impl is None:
             raise StateError("reset after close()")
-        assert self._impl is not None
         mask = self._everyone if active_ranks is None else self._rules.mask(active_ranks)
         if not mask >> self.ep_rank & 1:
             raise StateError(f"reset: active_ranks={mask:#b} leaves this rank ({self.ep_rank}) out")
@@ -276,8 +286,9 @@ class AllToAll:
         return f"AllToAll(rank {self.ep_rank} of {self.spec.ep_size}, {self.spec.wire}, {state})"
 
     def _ready(self, call: str, *, dispatched: bool) -> backends.base.Backend:
+        self._check_process(call)
         if self._failure is not None:
-            raise self._failure.with_traceback(None)
+            raise copy.copy(self._failure)
         if self._impl is None:
             raise StateError(f"{call} after close()")
         if self._dispatched is not dispatched:
@@ -285,10 +296,17 @@ class AllToAll:
             raise StateError(f"{call} in phase {self.phase!r}: {before} comes first")
         return self._impl
 
+    def _check_process(self, call: str) -> None:
+        if os.getpid() != self._process:
+            raise StateError(
+                f"{call} in process {os.getpid()}, forked from rank {self.ep_rank} "
+                f"(process {self._process}): only the process that opened an exchange may use it"
+            )
+
     def _failed(self, call: str, error: BaseException) -> BaseException:
         """Remembers why no further call can work until a reset."""
         if isinstance(error, (PeerTimeout, StateError)):
-            self._failure = error
+            self._failure = copy.copy(error)  # without the traceback, which holds on to the caller
         else:
             self._failure = StateError(
                 f"{call} was broken off on this rank ({type(error).__name__}: {error}); peers may "
@@ -307,26 +325,35 @@ class AllToAll:
 
 
 def _seconds(timeout: float | None) -> float:
-    given: object = os.environ.get("MOE_A2A_TIMEOUT", "30") if timeout is None else timeout
-    try:
-        seconds = float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise GeometryError(f"timeout={given!r}: must be a positive number of seconds")
-    return seconds
+    name, given = "timeout", timeout
+    if given is None:
+        name, text = "MOE_A2A_TIMEOUT", os.environ.get("MOE_A2A_TIMEOUT") or "30"
+        try:
+            given = float(text)
+        except ValueError:
+            raise GeometryError(f"{name}={text!r}: must be a number of seconds") from None
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < 1e9:
+        return float(given)
+    raise GeometryError(f"{name}={given!r}: must be a positive number of seconds")
 
 
-def _check_arguments(spec: Spec, device: object, max_blocks: object) -> torch.device:
+def _check_arguments(
+    spec: Spec, backend: object, device: object, max_blocks: object, debug: object
+) -> torch.device:
     if not isinstance(spec, Spec):
         raise GeometryError(f"spec={spec!r}: must be a Spec")
+    if not isinstance(backend, str):
+        raise GeometryError(f"backend={backend!r}: must be a name, or 'auto'")
+    if not isinstance(debug, bool):
+        raise GeometryError(f"debug={debug!r}: must be True or False")
     is_int = isinstance(max_blocks, int) and not isinstance(max_blocks, bool)
     if max_blocks is not None and not (is_int and max_blocks >= 1):  # type: ignore[operator]
         raise GeometryError(f"max_blocks={max_blocks!r}: must be an integer >= 1, or None")
     try:
-        return torch.device("cpu" if device is None else device)  # type: ignore[call-overload,no-any-return]
+        found = torch.device("cpu" if device is None else device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise GeometryError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    return torch.device("cpu") if found.type == "cpu" else found  # tensors never say "cpu:0"
 
 
 def _compare(group: Group, spec: Spec) -> None:
@@ -350,8 +377,6 @@ def _compare(group: Group, spec: Spec) -> None:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
     return _span(a)[0] < _span(b)[1] and _span(b)[0] < _span(a)[1]
 
 

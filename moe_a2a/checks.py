@@ -7,6 +7,8 @@ every call; the sentences are put together only when one fails.
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,7 @@ from moe_a2a.errors import CapacityError, PayloadError, StateError
 from moe_a2a.formats import FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from moe_a2a.spec import Spec
 
@@ -28,7 +30,9 @@ _IDS = (torch.int32, torch.int64)
 
 def _describe(value: object) -> str:
     if not isinstance(value, Tensor):
-        return f"{type(value).__name__} {value!r}"
+        return f"{type(value).__name__} {reprlib.repr(value)}"
+    if value.layout is not torch.strided:
+        return f"{str(value.dtype)[6:]} {list(value.shape)} of layout {value.layout}"
     strides = "" if value.is_contiguous() else f" with strides {list(value.stride())}"
     return f"{str(value.dtype)[6:]} {list(value.shape)} on {value.device}{strides}"
 
@@ -88,7 +92,7 @@ class Rules:
         size = self.spec.ep_size
         flags: Sequence[object] | None = None
         if isinstance(value, Tensor):
-            if value.dtype == torch.bool and value.shape == (size,):
+            if value.dtype == torch.bool and value.shape == (size,) and value.device.type != "meta":
                 flags = value.tolist()
         elif isinstance(value, (list, tuple)) and len(value) == size:
             flags = value
@@ -126,9 +130,11 @@ class Rules:
             assert dtype is not None
             self._shaped("scales", scales, (dtype,), (tokens, self.spec.scale_width))
 
-    def deferral(self, defer: bool) -> bool:
+    def deferral(self, defer: object) -> bool:
         """Whether bf16 travels in place of the wire."""
-        if not defer or not self._quantized:
+        if not isinstance(defer, bool):
+            raise PayloadError(f"defer is {_describe(defer)}: expected True or False")
+        if not self._quantized:
             return False
         if not self.spec.allow_defer:
             raise PayloadError(
@@ -144,12 +150,15 @@ class Rules:
             raise PayloadError(f"global_scale is {_describe(value)}: expected a float32 scalar")
         if value.device != self.device:
             raise PayloadError(f"global_scale is on {value.device}: expected {self.device}")
+        if value.device.type == "cpu" and not 0 < value.item() < float("inf"):
+            raise PayloadError(f"global_scale is {value.item()}: expected a positive number")
 
     def extra(self, given: Mapping[str, Tensor] | None, tokens: int) -> Mapping[str, Tensor]:
         given = {} if given is None else given
-        if set(given) != set(self.spec.extra):
+        if not isinstance(given, Mapping) or set(given) != set(self.spec.extra):
+            names = list(given) if isinstance(given, Mapping) else _describe(given)
             raise PayloadError(
-                f"extra has {sorted(given)}: the Spec has {sorted(self.spec.extra)}; each must "
+                f"extra has {names}: the Spec has {sorted(self.spec.extra)}; each must "
                 "come with every dispatch"
             )
         for name, nbytes in self.spec.extra.items():
@@ -183,6 +192,8 @@ class Rules:
         self._placed(name, value)
 
     def _placed(self, name: str, value: Tensor) -> None:
+        if value.layout is not torch.strided:
+            raise PayloadError(f"{name} is {value.layout}: expected a dense tensor")
         if value.device != self.device:
             raise PayloadError(f"{name} is {_describe(value)}: expected it on {self.device}")
         if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():

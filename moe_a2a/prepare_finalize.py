@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from moe_a2a.alltoall import AllToAll
 from moe_a2a.errors import GeometryError, PayloadError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_a2a.alltoall import AllToAll
     from moe_a2a.received import Received
 
 __all__ = ["PrepareFinalize", "Prepared"]
@@ -41,6 +41,8 @@ class PrepareFinalize:
     def __init__(self, a2a: AllToAll, quant: str = "wire") -> None:
         if quant not in ("wire", "defer"):
             raise GeometryError(f"quant={quant!r}: must be 'wire' or 'defer'")
+        if not isinstance(a2a, AllToAll):
+            raise GeometryError(f"a2a={a2a!r}: must be an AllToAll")
         self.a2a = a2a
         self.quant = quant
 
@@ -97,19 +99,20 @@ class PrepareFinalize:
             shared: [T, H], output of the shared experts.
 
         Raises:
-            PayloadError: ``shared`` has another shape or is no floating tensor; nothing was sent.
+            PayloadError: the factor is no number, ``shared`` has another shape or device, is no
+                floating tensor or requires grad; nothing was sent.
         """
+        factor = _factor(routed_scaling_factor)
         if shared is not None:
             self._check_shared(shared)
-            if out is not None and _may_overlap(out, shared):
+            if isinstance(out, torch.Tensor) and _may_overlap(out, shared):
                 shared = shared.clone()  # combine writes out before shared is added
         combined = self.a2a.combine(y, out=out)
-        if routed_scaling_factor is None and shared is None:
+        if factor is None and shared is None:
             return combined
         total = combined.to(torch.float32)
-        if routed_scaling_factor is not None:
-            # The factor as an fp32 tensor: a Python float would be kept in double precision.
-            total = total * torch.tensor(routed_scaling_factor, dtype=torch.float32)
+        if factor is not None:
+            total = total * factor
         if shared is not None:
             total = total + shared.to(torch.float32)
         return combined.copy_(total)
@@ -125,6 +128,8 @@ class PrepareFinalize:
             )
         if keywords.get("scales") is not None:
             raise PayloadError("apply_router_weight_on_input with scales: x is quantized already")
+        if not (isinstance(x, torch.Tensor) and isinstance(topk_weights, torch.Tensor)):
+            raise PayloadError("x and topk_weights must be tensors")
         if topk_weights.dtype != torch.float32 or topk_weights.shape != (x.shape[0], 1):
             raise PayloadError(
                 f"topk_weights is {str(topk_weights.dtype)[6:]} {list(topk_weights.shape)}: "
@@ -142,6 +147,19 @@ class PrepareFinalize:
                 f"shared is {str(shared.dtype)[6:]} {list(shared.shape)}: expected a floating "
                 f"[{tokens}, {hidden}]"
             )
+        if shared.device != self.a2a.device:
+            raise PayloadError(f"shared is on {shared.device}: expected {self.a2a.device}")
+        if shared.requires_grad and torch.is_grad_enabled():
+            raise PayloadError("shared requires grad, and no gradient flows through the exchange")
+
+
+def _factor(value: object) -> Tensor | None:
+    """An fp32 scalar: a Python float would be kept in double precision."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PayloadError(f"routed_scaling_factor={value!r}: expected a number")
+    return torch.tensor(float(value), dtype=torch.float32)
 
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Received"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Received:
     """The rows that this rank's experts have to compute, rank-major.
 
@@ -60,9 +60,9 @@ class Received:
         return local.masked_fill_(~here, self.spec.invalid_expert_id)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[W, R, H] in ``dtype``; padding rows decode to whatever they hold."""
+        """[W, R, H] in ``dtype``, a copy; padding rows decode to whatever they hold."""
         if self.deferred or self.scales is None:
-            return self.x.to(dtype)
+            return self.x.to(dtype, copy=True)
         return formats.dequantize(
             self.x,
             self.scales,

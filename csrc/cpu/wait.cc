@@ -91,17 +91,24 @@ uint64_t posters(const Endpoint& e) {
   return mask;
 }
 
+// Also to ranks that this one takes for inactive: they may see that differently.
+void post_all(Endpoint& e, uint64_t missing, bool disagrees) {
+  for (int peer = 0; peer < e.geometry.ep_size; ++peer) {
+    if (peer == e.rank || e.window[peer] == nullptr) continue;
+    Post& post = e.line<Post>(peer, kPost, e.rank);
+    post.missing = missing;
+    post.disagrees = disagrees;
+    post.facts = e.facts;
+    __atomic_store_n(&post.generation, e.generation, __ATOMIC_RELEASE);
+    ring(e.header(peer));
+  }
+}
+
 // This rank's wait is over. Survivors tell each other whom they missed: the union, less everyone
 // who is alive enough to post, is who is gone.
 void expire(Endpoint& e, ControlRow row) {
   const uint64_t self = uint64_t{1} << e.rank, mine = missing_ranks(e, row);
-  for_each_rank(e.facts.active & ~self, [&](int peer) {
-    Post& post = e.line<Post>(peer, kPost, e.rank);
-    post.missing = mine;
-    post.round = static_cast<uint32_t>(e.round);
-    __atomic_store_n(&post.generation, e.generation, __ATOMIC_RELEASE);
-    ring(e.header(peer));
-  });
+  post_all(e, mine, false);
   uint64_t posted = 0, missed = mine;
   wait_for(e, kGraceNs, [&] {
     posted = posters(e);
@@ -117,6 +124,13 @@ void expire(Endpoint& e, ControlRow row) {
   e.failure.waited_ns = since_ns(e.wait_start);
 }
 
+void disagree(Endpoint& e, int peer, const RoundFacts& theirs) {
+  e.failure.kind = kMismatch;
+  e.failure.peer = peer;
+  e.failure.mine = e.facts;
+  e.failure.theirs = theirs;
+}
+
 bool agree(const Endpoint& e, const RoundFacts& a, const RoundFacts& b) {
   return a.phase == b.phase && a.rows == b.rows && a.format == b.format && a.active == b.active &&
          (!e.shape.debug || a.global_scale_bits == b.global_scale_bits);
@@ -125,14 +139,21 @@ bool agree(const Endpoint& e, const RoundFacts& a, const RoundFacts& b) {
 bool check_facts(Endpoint& e, ControlRow row) {
   for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
     const Arrival& arrival = e.line<Arrival>(e.rank, row, peer);
-    if (e.failure.kind == kNoFailure && !agree(e, e.facts, arrival.facts)) {
-      e.failure.kind = kMismatch;
-      e.failure.peer = peer;
-      e.failure.mine = e.facts;
-      e.failure.theirs = arrival.facts;
-    }
+    if (e.failure.kind == kNoFailure && !agree(e, e.facts, arrival.facts))
+      disagree(e, peer, arrival.facts);
   });
+  // Some may wait in vain for this rank, which need not have announced anything to them.
+  if (e.failure.kind != kNoFailure) post_all(e, 0, true);
   return e.failure.kind == kNoFailure;
+}
+
+// Why peers gave the round up, if it was for a disagreement and not for a missing rank.
+bool heard_of_disagreement(Endpoint& e) {
+  for_each_rank(posters(e), [&](int peer) {
+    const Post& post = e.line<Post>(e.rank, kPost, peer);
+    if (post.disagrees && e.failure.kind == kNoFailure) disagree(e, peer, post.facts);
+  });
+  return e.failure.kind != kNoFailure;
 }
 
 }  // namespace
@@ -161,7 +182,7 @@ Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns) {
                               [&] { return settled() || posters(e) != 0; });
   if (settled()) return check_facts(e, row) ? kDone : kFailed;
   if (!woken && left > slice_ns) return kPending;
-  expire(e, row);
+  if (!heard_of_disagreement(e)) expire(e, row);
   return kFailed;
 }
 

@@ -107,7 +107,8 @@ class ReceiveViews:
         if views is None:
             if len(self._cache) >= self._MOST:
                 self._cache.clear()
-            views = self._cache[rows, deferred] = self._make(rows, deferred)
+            with torch.inference_mode(False):  # they outlive the mode that the caller is in
+                views = self._cache[rows, deferred] = self._make(rows, deferred)
         return views
 
     def _make(self, rows: int, deferred: bool) -> Views:

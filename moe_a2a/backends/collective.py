@@ -108,7 +108,8 @@ class Collective:
                 "(python -m moe_a2a plan)."
             )
         else:
-            memory = torch.empty(wanted, dtype=torch.uint8)
+            with torch.inference_mode(False):  # it outlives the mode that the caller is in
+                memory = torch.empty(wanted, dtype=torch.uint8)
         group.agree(problem)
         return memory
 

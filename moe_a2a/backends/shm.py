@@ -12,7 +12,7 @@ from moe_a2a._ops import cpu_library
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
 from moe_a2a.backends.window import PeerWindow, Ticket, Window
-from moe_a2a.errors import BuildError, MoeA2AError, WorkspaceError
+from moe_a2a.errors import BuildError, MoeA2AError, StateError, WorkspaceError
 from moe_a2a.formats import FORMATS
 from moe_a2a.lobby import Lobby
 from moe_a2a.workspace import geometry_numbers
@@ -186,6 +186,8 @@ class Shm:
 
     def _finish(self, status: int) -> None:
         while status == _PENDING:
+            if self._endpoint is None:
+                raise StateError("close() was called while this rank waited for its peers")
             status = self._library.resume(self._endpoint, _SLICE_NS)
         if status:
             raise self._failure()

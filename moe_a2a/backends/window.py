@@ -49,7 +49,8 @@ def _map_shared(descriptor: int, nbytes: int) -> torch.Tensor:
         raise OSError(number, os.strerror(number))
     memory = (ctypes.c_uint8 * nbytes).from_address(address)
     weakref.finalize(memory, _libc.munmap, address, nbytes).atexit = False
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    with torch.inference_mode(False):  # it outlives the mode that the caller is in
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _forget(address: int, nbytes: int) -> None:

@@ -123,6 +123,6 @@ def dequantize(
 
 
 def _format(wire: str) -> WireFormat:
-    if wire not in FORMATS:
+    if not isinstance(wire, str) or wire not in FORMATS:
         raise GeometryError(f"wire={wire!r} is unknown: use one of {', '.join(FORMATS)}")
     return FORMATS[wire]

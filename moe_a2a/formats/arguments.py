@@ -14,11 +14,18 @@ from moe_a2a.errors import GeometryError, PayloadError
 if TYPE_CHECKING:
     from moe_a2a.formats.base import WireFormat
 
-__all__ = ["check_dequantize", "check_quantize"]
+__all__ = ["check_dequantize", "check_quantize", "check_tensor"]
 
 _PADDING_UNIT = 32
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT_NAMES = "torch.bfloat16, torch.float16 or torch.float32"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises PayloadError unless it is a dense tensor."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        found = value.layout if isinstance(value, torch.Tensor) else type(value).__name__
+        raise PayloadError(f"{name} must be a dense tensor; got {found}")
 
 
 def check_quantize(
@@ -31,6 +38,11 @@ def check_quantize(
     ue8m0: bool,
 ) -> None:
     """Raises the GeometryError or PayloadError that `quantize` documents."""
+    check_tensor("x", x)
+    if isinstance(alignment, bool) or not isinstance(alignment, int):
+        raise GeometryError(f"alignment={alignment!r}: expected an integer")
+    if not isinstance(ue8m0, bool):
+        raise GeometryError(f"ue8m0={ue8m0!r}: expected True or False")
     if rule not in wire.rules:
         raise GeometryError(
             f"rule={rule!r} with wire {wire.name}: it knows {', '.join(wire.rules)}"
@@ -63,6 +75,11 @@ def check_dequantize(
     dtype: torch.dtype,
 ) -> int:
     """Raises the PayloadError that `dequantize` documents; returns the columns wanted."""
+    check_tensor("payload", payload)
+    if scales is not None:
+        check_tensor("scales", scales)
+    if hidden_size is not None and not isinstance(hidden_size, int):
+        raise PayloadError(f"hidden_size={hidden_size!r}: expected an integer")
     if dtype not in _FLOATS:
         raise PayloadError(f"dtype must be {_FLOAT_NAMES}; got {dtype}")
     if payload.dtype != wire.payload_dtype or payload.ndim == 0:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_a2a.errors import GeometryError, PayloadError
+from moe_a2a.formats.arguments import check_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +107,8 @@ def unswizzle(
 
 
 def _tile(scales: torch.Tensor, layout: str) -> _Layout:
-    if layout not in _LAYOUTS:
+    check_tensor("scales", scales)
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
         raise GeometryError(f"layout={layout!r} is unknown: use one of {', '.join(_LAYOUTS)}")
     if scales.ndim < 2 or scales.dtype.itemsize != 1:
         raise PayloadError(
