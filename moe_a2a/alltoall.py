@@ -18,6 +18,7 @@ from moe_a2a.backends.base import DispatchCall, Opening
 from moe_a2a.checks import Rules
 from moe_a2a.errors import GeometryError, MoeA2AError, PayloadError, PeerTimeout, StateError
 from moe_a2a.group import Group
+from moe_a2a.outputs import Outputs
 from moe_a2a.received import Received
 from moe_a2a.spec import Spec
 
@@ -73,6 +74,7 @@ class AllToAll:
         self._closed = False
         self._dispatched = False
         self._process = os.getpid()
+        self._outputs = Outputs(0, torch.device("cpu"))
         limit = 30.0
         problem: MoeA2AError | None = None
         try:
@@ -95,6 +97,7 @@ class AllToAll:
         self._everyone = self._active = (1 << spec.ep_size) - 1
         self._round = (0, 0)  # T and R of the round under way
         self._buffers: dict[torch.dtype, Tensor] = {}
+        self._outputs = Outputs(spec.hidden_size, self.device)
         own = spec.experts_of(self.ep_rank)
         self.first_expert, self.num_local_experts = own.start, len(own)
 
@@ -199,7 +202,7 @@ class AllToAll:
         self._rules.expert_output(y, rows)
         self._apart("y", y)
         if out is None:
-            out = torch.empty(tokens, self.spec.hidden_size, dtype=y.dtype, device=self.device)
+            out = self._outputs.take(tokens, y.dtype)
         else:
             self._rules.output(out, tokens, y.dtype)
             self._apart("out", out)
@@ -262,7 +265,7 @@ class AllToAll:
     def close(self) -> None:
         """Lets go of the window. Local, idempotent, waits for nobody."""
         impl, self._impl, self._closed = self._impl, None, True
-        self._buffers = {}
+        self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
         if impl is not None:
             impl.close()
 
