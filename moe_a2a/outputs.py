@@ -1,8 +1,8 @@
 """Memory for what combine returns.
 
 Fresh memory of a few hundred KB costs a page fault every 4 KB wherever malloc gives freed blocks
-back to the kernel: more time than the sum that fills it. So the last output is handed out again
-once nobody holds it any more.
+back to the kernel: more time than the sum that fills it. So an output is handed out again once
+nobody holds it any more.
 
 Shape letters: T tokens of this rank, H hidden_size.
 """
@@ -23,23 +23,27 @@ _MINE = 2  # references to the storage of a tensor that nobody shares: its own, 
 
 
 class Outputs:
-    """Output tensors [T, H] of torch's allocator on one device; keeps at most one."""
+    """Output tensors [T, H] of torch's allocator on one device.
+
+    Keeps the last two: in ``out = a2a.combine(y)`` the one before is held until the next is there.
+    """
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         self._hidden, self._device = hidden_size, device
-        self._last: Tensor | None = None
+        self._kept: list[Tensor] = []
 
     def take(self, tokens: int, dtype: torch.dtype) -> Tensor:
         """[tokens, H], uninitialized: memory that no tensor outside shares."""
         if tokens * self._hidden * dtype.itemsize <= _SMALL or self._device.type != "cpu":
             return torch.empty(tokens, self._hidden, dtype=dtype, device=self._device)
-        last = self._last
-        fits = last is not None and last.shape[0] == tokens and last.dtype == dtype
-        if last is None or not fits or _references(last) != _MINE:
-            with torch.inference_mode(False):  # it outlives the mode that the caller is in
-                last = self._last = torch.empty(tokens, self._hidden, dtype=dtype)
-        # Another tensor on the same storage: it, and every view of it, counts as a reference.
-        return last.detach()
+        for kept in self._kept:
+            if kept.shape[0] == tokens and kept.dtype == dtype and _references(kept) == _MINE:
+                # Another tensor on the same storage: it, and every view of it, is a reference.
+                return kept.detach()
+        with torch.inference_mode(False):  # it outlives the mode that the caller is in
+            fresh = torch.empty(tokens, self._hidden, dtype=dtype)
+        self._kept = [*self._kept[-1:], fresh]
+        return fresh.detach()
 
 
 def _references(tensor: Tensor) -> int:

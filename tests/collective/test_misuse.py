@@ -223,4 +223,8 @@ def test_outputs_that_someone_holds_are_never_written_again():
         for value, number in zip(held, expected, strict=True):
             rows = torch.as_tensor(value).reshape(-1).view(torch.bfloat16)
             assert (rows == number).all()
-        assert len(places) < 12, "memory that nobody holds is used again"
+        places.clear()
+        for _ in range(8):  # held until the next one is there, as loops do
+            out = a2a.combine(a2a.dispatch(x, ids, weights).dequantize(torch.bfloat16))
+            places.add(out.data_ptr())
+        assert len(places) <= 4, "memory that nobody holds is used again"
