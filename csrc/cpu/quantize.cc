@@ -82,27 +82,19 @@ struct Fp8Block128 {
   }
 };
 
-struct Mxfp8 {
-  static constexpr int kBlock = 32, kScaleBytes = 1, kCodesPerByte = 1;
+template <uint32_t (*exponent)(uint32_t), int codes_per_byte>
+struct Microscaled {
+  static constexpr int kBlock = 32, kScaleBytes = 1, kCodesPerByte = codes_per_byte;
   MOE_OWN_LOOP static void scale(int blocks, Tile& t, uint8_t* scales, float) {
     for (int b = 0; b < blocks; ++b) {
-      const uint32_t e = mxfp8_exponent(t.magnitude[b]);
+      const uint32_t e = exponent(t.magnitude[b]);
       t.factor[b] = e8m0_inverse(e);
       scales[b] = static_cast<uint8_t>(e);
     }
   }
 };
-
-struct Mxfp4 {
-  static constexpr int kBlock = 32, kScaleBytes = 1, kCodesPerByte = 2;
-  MOE_OWN_LOOP static void scale(int blocks, Tile& t, uint8_t* scales, float) {
-    for (int b = 0; b < blocks; ++b) {
-      const uint32_t e = mxfp4_exponent(t.magnitude[b]);
-      t.factor[b] = e8m0_inverse(e);
-      scales[b] = static_cast<uint8_t>(e);
-    }
-  }
-};
+using Mxfp8 = Microscaled<mxfp8_exponent, 1>;
+using Mxfp4 = Microscaled<mxfp4_exponent, 2>;
 
 struct Nvfp4 {
   static constexpr int kBlock = 16, kScaleBytes = 1, kCodesPerByte = 2;
