@@ -12,7 +12,7 @@ import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
@@ -23,7 +23,7 @@ from moe_a2a.memory import memory_available
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Group", "host_identity"]
+__all__ = ["Group", "LocalRank", "host_identity"]
 
 
 class _Store(Protocol):
@@ -32,6 +32,20 @@ class _Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
     def add(self, key: str, amount: int) -> int: ...
     def delete_key(self, key: str) -> bool: ...
+
+
+class LocalRank(NamedTuple):
+    """A group whose ranks are threads of one process (`moe_a2a.testing.run_local`).
+
+    Attributes:
+        rank: of this thread.
+        size: threads of the group.
+        store: theirs together, in this process; any that several threads may call at once.
+    """
+
+    rank: int
+    size: int
+    store: Any
 
 
 def host_identity() -> str:
@@ -45,30 +59,45 @@ class Group:
 
     Args:
         process_group: a torch.distributed group, or None for the default group; where
-            torch.distributed is not initialized None is one rank by itself.
+            torch.distributed is not initialized None is one rank by itself. Or a `LocalRank`.
         timeout: seconds that any one exchange may take.
+
+    Attributes:
+        process_group: the torch.distributed group, None where there is none.
+        local: the ranks are threads of one process, so that an address of one is one of all.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, timeout: float) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | LocalRank | None, timeout: float) -> None:
         self.timeout = timeout
         self.rank, self.size = 0, 1
+        self.process_group: dist.ProcessGroup | None = None
+        self.local = isinstance(process_group, LocalRank)
         self._store: _Store | None = None
         self._step = 0
         self._name = ""
         self.facts: list[dict[str, Any]] = []
+        if isinstance(process_group, LocalRank):
+            self.rank, self.size = process_group.rank, process_group.size
+            self._store = process_group.store if self.size > 1 else None
+        else:
+            self._find(process_group)
+        if self._store is not None:
+            with self._store_errors():
+                self._name = self._meet(self._store)
+
+    def _find(self, process_group: dist.ProcessGroup | None) -> None:
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
         if process_group is None:
             process_group = dist.distributed_c10d._get_default_group()
         if not isinstance(process_group, dist.ProcessGroup):
             raise GeometryError(f"group={process_group!r}: not a group that this process is in")
+        self.process_group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         if self.size > 1:
             from torch.distributed.distributed_c10d import _get_process_group_store
 
             self._store = _get_process_group_store(process_group)
-            with self._store_errors():
-                self._name = self._meet(self._store)
 
     def _meet(self, store: _Store) -> str:
         """Waits until every rank opens; returns a name that only this opening has.

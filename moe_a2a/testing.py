@@ -14,6 +14,9 @@ that have torch loaded already and a gloo group between them:
 
 `run_ranks` starts processes for one function only, which may die of it. Ranks run as forkserver
 children on one host; as with every such start, a script needs its ``if __name__ == "__main__":``.
+
+`run_local` runs ranks as threads of this process, on a GPU each with its own stream: what wants
+many rounds on one GPU, or a sanitizer, is tested so.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ import signal
 import tempfile
 import time
 import traceback
-import zlib
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -38,40 +40,34 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # where type checkers find it
 
+from moe_a2a.local_ranks import LocalRank, run_local
+from moe_a2a.rank_context import (
+    AFTER_ERROR,
+    Raised,
+    RankContext,
+    RankHung,
+    RankRaised,
+    seed_of,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from multiprocessing.process import BaseProcess
 
 __all__ = [
+    "LocalRank",
     "RankContext",
     "RankDied",
     "RankExit",
     "RankHung",
     "RankPool",
     "RankRaised",
+    "run_local",
     "run_ranks",
 ]
 
 _PRELOAD = ("torch", "torch.distributed", "numpy", "tvm_ffi", "moe_a2a")
-_AFTER_ERROR = 5.0  # seconds that the other ranks get once one has raised
 _STACKS = 0.5  # seconds to write stacks to a file
-
-
-class RankContext(NamedTuple):
-    """What a rank function gets first.
-
-    Attributes:
-        rank: of this process.
-        size: ranks that run the function.
-        group: a gloo group of exactly these ranks.
-        seed: the same on every rank and in every run of the function; torch is seeded with
-            ``seed + rank``.
-    """
-
-    rank: int
-    size: int
-    group: dist.ProcessGroup
-    seed: int
 
 
 class RankExit(NamedTuple):
@@ -83,14 +79,6 @@ class RankExit(NamedTuple):
     error: str | None
 
 
-class RankRaised(RuntimeError):
-    """A rank function raised: the text has rank and traceback, ``__cause__`` is the exception."""
-
-    def __init__(self, rank: int, text: str) -> None:
-        super().__init__(f"rank {rank} raised:\n{text}")
-        self.rank = rank
-
-
 class RankDied(RuntimeError):
     """A process ended in the middle of a rank function."""
 
@@ -98,20 +86,6 @@ class RankDied(RuntimeError):
         died_of = f"signal {-exitcode}" if exitcode and exitcode < 0 else f"exit code {exitcode}"
         super().__init__(f"rank {rank} died ({died_of})")
         self.rank, self.exitcode = rank, exitcode
-
-
-class RankHung(RuntimeError):
-    """Ranks that did not return in time: the text has the stacks of their threads."""
-
-    def __init__(self, ranks: Sequence[int], timeout: float, stacks: str) -> None:
-        names = ", ".join(map(str, ranks))
-        super().__init__(f"ranks {names} did not return within {timeout:g} s\n{stacks}")
-        self.ranks = tuple(ranks)
-
-
-class _Raised(NamedTuple):
-    text: str
-    exception: BaseException | None
 
 
 class _Died(NamedTuple):
@@ -160,7 +134,7 @@ class RankPool:
             self._judge(answers, size, limit)
         finally:
             # Ranks that raised may have left a collective halfway: the group is not to be trusted.
-            clean = not any(isinstance(answer, (_Died, _Raised)) for answer in answers.values())
+            clean = not any(isinstance(answer, (_Died, Raised)) for answer in answers.values())
             if len(answers) < size or not clean:
                 self.close()
         return [answers[rank] for rank in range(size)]
@@ -171,7 +145,7 @@ class RankPool:
             if isinstance(answer, _Died):
                 raise RankDied(rank, answer.exitcode)
         for rank, answer in answers.items():  # in the order in which they came: first cause first
-            if isinstance(answer, _Raised):
+            if isinstance(answer, Raised):
                 raise RankRaised(rank, answer.text) from answer.exception
         late = [rank for rank in range(size) if rank not in answers]
         if late:
@@ -209,7 +183,7 @@ def run_ranks(
         late = [rank for rank in range(size) if rank not in answers]
         if late:
             raised = [
-                f"rank {r} raised:\n{a.text}" for r, a in answers.items() if isinstance(a, _Raised)
+                f"rank {r} raised:\n{a.text}" for r, a in answers.items() if isinstance(a, Raised)
             ]
             raise RankHung(late, timeout, "\n".join([*raised, crew.stacks(late)]))
     finally:
@@ -219,7 +193,7 @@ def run_ranks(
         answer = answers[rank]
         if isinstance(answer, _Died):
             exits.append(RankExit(answer.exitcode or 0, None, None))
-        elif isinstance(answer, _Raised):
+        elif isinstance(answer, Raised):
             exits.append(RankExit(1, None, answer.text))
         else:
             exits.append(RankExit(0, answer, None))
@@ -273,8 +247,8 @@ class _Crew:
                 answers[rank] = self._answer(rank)
                 if until_death and isinstance(answers[rank], _Died):
                     return answers
-                if isinstance(answers[rank], _Raised):
-                    deadline = min(deadline, time.monotonic() + _AFTER_ERROR)
+                if isinstance(answers[rank], Raised):
+                    deadline = min(deadline, time.monotonic() + AFTER_ERROR)
             if not ready:
                 break
         return answers
@@ -328,7 +302,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, stack_file: str) -
         except EOFError:  # the parent has gone
             os._exit(0)
         except Exception as error:  # a function that can't be imported here
-            _reply(pipe, _Raised(traceback.format_exc(), error))
+            _reply(pipe, Raised(traceback.format_exc(), error))
             continue
         if kind == "group":
             groups[ranks] = dist.new_group(list(range(ranks)), timeout=limit)
@@ -337,12 +311,12 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, stack_file: str) -
 
 
 def _outcome(context: RankContext, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    seed = zlib.crc32(f"{fn.__module__}.{fn.__qualname__}".encode())
+    seed = seed_of(fn)
     torch.manual_seed(seed + context.rank)
     try:
         return fn(context._replace(seed=seed), *args)
     except BaseException as error:  # pytest.fail() raises one that is no Exception
-        return _Raised(traceback.format_exc(), error)
+        return Raised(traceback.format_exc(), error)
 
 
 def _reply(pipe: Connection, answer: Any) -> None:
@@ -350,9 +324,9 @@ def _reply(pipe: Connection, answer: Any) -> None:
         message = bytes(ForkingPickler.dumps(answer))
         pickle.loads(message)
     except Exception as problem:  # an exception, or a result, that does not survive the journey
-        if isinstance(answer, _Raised):
-            answer = _Raised(answer.text, None)
+        if isinstance(answer, Raised):
+            answer = Raised(answer.text, None)
         else:
-            answer = _Raised(f"the result can't be sent: {problem!r}", None)
+            answer = Raised(f"the result can't be sent: {problem!r}", None)
         message = pickle.dumps(answer)
     pipe.send_bytes(message)

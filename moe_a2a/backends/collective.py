@@ -67,6 +67,8 @@ class Collective:
     def unusable(spec: Spec | None, group: Group | None) -> str | None:
         if not (dist.is_available() and dist.is_gloo_available()):
             return "this build of torch has no torch.distributed with gloo"
+        if group is not None and group.local:
+            return "the ranks are threads of one process; collective runs between processes"
         return None
 
     @classmethod

@@ -51,6 +51,8 @@ class Shm:
             return str(error)
         if spec is not None and spec.ep_size > _MAX_RANKS:
             return f"ep_size={spec.ep_size}: at most {_MAX_RANKS} ranks"
+        if group is not None and group.local:
+            return "the ranks are threads of one process; shm runs between processes"
         if group is not None and len({facts["host"] for facts in group.facts}) > 1:
             return "the ranks are on several hosts, or in several pid namespaces of one"
         for facts in group.facts if group is not None else ():
