@@ -1,18 +1,26 @@
-"""Rank processes shared by all collective tests, and how much hypothesis tries."""
+"""Rank processes shared by all collective tests, the backends, and how much hypothesis tries."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
+from moe_a2a.backends import BACKENDS
+from moe_a2a.local_ranks import CUDA_SETTINGS
 from moe_a2a.testing import RankPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BACKENDS = ("shm", "collective")
+os.environ.update(CUDA_SETTINGS)
+GPUS = torch.cuda.device_count()  # unlike is_available() it does not start the driver
+CPU_BACKENDS = ("shm", "collective")
+# Where there is no GPU the others are no parameters at all: a skip each would say nothing.
+EVERY_BACKEND = CPU_BACKENDS + tuple(name for name in ("nvlink",) if GPUS and name in BACKENDS)
 PRELOAD = ("pytest", "hypothesis", "hypothesis.strategies", "ml_dtypes")
 
 # The same examples in every run, so that a red build means a change; a search for new ones is
@@ -34,6 +42,17 @@ def pool() -> Iterator[RankPool]:
         yield ranks
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(params=EVERY_BACKEND)
+def every_backend(request: pytest.FixtureRequest) -> str:
+    """For rank functions that put their tensors where `tests.collective.places` says."""
+    return str(request.param)
+
+
+def sizes(backend: str, *wanted: int) -> list[int]:
+    """World sizes for rank processes: up to 4 where they share a GPU, in time slices of ms."""
+    return [size for size in wanted if backend in CPU_BACKENDS or size <= max(4, GPUS)]

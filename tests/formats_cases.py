@@ -13,7 +13,7 @@ NEGATIVE_NAN = np.array(0xFFC00001, np.uint32).view(np.float32)
 _SMALL = [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 2.0**-126, -(2.0**-127), 1e-10]
 _LARGE = [6.0, -448.0, 448.00003, 464.0, 1e30, FLT_MAX, -FLT_MAX, np.inf, -np.inf]
 SPECIALS = np.array([*_SMALL, *_LARGE, np.nan, NEGATIVE_NAN], np.float32)
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DEVICES = ("cpu", "cuda") if torch.cuda.device_count() else ("cpu",)
 
 
 def raw(tensor: torch.Tensor | None) -> np.ndarray:

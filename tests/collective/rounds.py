@@ -14,6 +14,7 @@ import torch
 
 from moe_a2a import AllToAll, Received, Spec
 from tests import oracle, oracle_formats
+from tests.collective.places import place_of
 from tests.formats_cases import raw, wild
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def placed(tensor: torch.Tensor, strided: bool) -> torch.Tensor:
     if not strided or tensor.dim() < 2:
         return tensor
     *lead, rows, width = tensor.shape
-    filler = torch.full((*lead, rows + 2, width + 7), 77, dtype=torch.uint8)
+    shape = (*lead, rows + 2, width + 7)
+    filler = torch.full(shape, 77, dtype=torch.uint8, device=tensor.device)
     wide = filler.to(tensor.dtype) if tensor.dtype != FP8 else filler.view(FP8)
     view = wide[..., 1 : rows + 1, 3 : width + 3]
     return view.copy_(tensor)
@@ -198,7 +200,7 @@ def same(what: str, got: object, want: np.ndarray, where: np.ndarray | None = No
 def same_values(what: str, got: torch.Tensor, want: np.ndarray, where=None) -> None:
     """Equal bits but for the payload of NaN; `want` in the dtype of `got`."""
     nan = np.isnan(want.astype(np.float32))
-    same(f"NaN of {what}", torch.isnan(got).numpy(), nan, where)
+    same(f"NaN of {what}", torch.isnan(got).cpu().numpy(), nan, where)
     item = got.element_size()
     have = raw(got).reshape(*got.shape, item)
     bits = np.ascontiguousarray(want).view(np.uint8).reshape(*want.shape, item)
@@ -206,29 +208,36 @@ def same_values(what: str, got: torch.Tensor, want: np.ndarray, where=None) -> N
     same(what, np.where(cover[..., None], have, 0), np.where(cover[..., None], bits, 0))
 
 
-def send(a2a: AllToAll, case: Case, rnd: Round, mine: oracle.Tokens) -> Received:
-    keywords: dict = {}
+def call_of(case: Case, rnd: Round, mine: oracle.Tokens, device: torch.device) -> dict:
+    """The arguments of the dispatch of `mine`, by name."""
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return placed(tensor.to(device), rnd.strided)
+
+    call: dict = {}
     if rnd.source == "wire":
         storage, scale = STORAGE[case.wire], SCALES.get(case.wire, torch.uint8)
-        x = from_numpy(mine.payload).view(storage)
-        keywords["scales"] = placed(from_numpy(mine.scales).view(scale), rnd.strided)
+        call["x"] = there(from_numpy(mine.payload).view(storage))
+        call["scales"] = there(from_numpy(mine.scales).view(scale))
     else:
-        x = floats(mine.x, input_dtype(case, rnd))
+        call["x"] = there(floats(mine.x, input_dtype(case, rnd)))
     ids = from_numpy(mine.ids).to(torch.int64 if rnd.wide_ids else torch.int32)
+    call |= {"topk_ids": there(ids), "topk_weights": there(from_numpy(mine.weights))}
     if rnd.rows is not None:
-        keywords["runtime_max_tokens"] = rnd.rows
+        call["runtime_max_tokens"] = rnd.rows
     if rnd.active is not None:
-        keywords["active_ranks"] = torch.tensor(rnd.active)
+        call["active_ranks"] = torch.tensor(rnd.active)
     if rnd.global_scale is not None:
-        keywords["global_scale"] = torch.tensor(rnd.global_scale)
+        call["global_scale"] = torch.tensor(rnd.global_scale, device=device)
     if rnd.defer:
-        keywords["defer"] = True
+        call["defer"] = True
     if case.extra:
-        keywords["extra"] = {
-            name: placed(from_numpy(rows), rnd.strided) for name, rows in mine.extra.items()
-        }
-    weights = placed(from_numpy(mine.weights), rnd.strided)
-    return a2a.dispatch(placed(x, rnd.strided), placed(ids, rnd.strided), weights, **keywords)
+        call["extra"] = {name: there(from_numpy(rows)) for name, rows in mine.extra.items()}
+    return call
+
+
+def send(a2a: AllToAll, case: Case, rnd: Round, mine: oracle.Tokens) -> Received:
+    return a2a.dispatch(**call_of(case, rnd, mine, a2a.device))
 
 
 def expected(case: Case, rnd: Round, rank: int, tokens: list[oracle.Tokens]) -> oracle.Delivery:
@@ -255,8 +264,8 @@ def check_delivery(case: Case, rnd: Round, recv: Received, want: oracle.Delivery
     everything = None if case.more.get("scrub") == "all" else real
     deferred = rnd.defer and not case.unquantized
     assert recv.x.dtype == (torch.bfloat16 if deferred else STORAGE[case.wire]), recv.x.dtype
-    same("counts", recv.counts.numpy(), want.counts)
-    same("topk_ids", recv.topk_ids.numpy(), want.ids)
+    same("counts", recv.counts.cpu().numpy(), want.counts)
+    same("topk_ids", recv.topk_ids.cpu().numpy(), want.ids)
     same("topk_weights", recv.topk_weights, want.weights)
     same("payload", recv.x, want.payload, everything)
     if want.scales.size or not (case.unquantized or deferred):
@@ -279,7 +288,7 @@ def check_reading(case: Case, rnd: Round, recv: Received, want: oracle.Delivery,
     mine = [expert for expert, rank in enumerate(owner) if rank == recv.ep_rank]
     local = {expert: at for at, expert in enumerate(mine)}
     wanted = [local.get(i, invalid) for i in want.ids.reshape(-1).tolist()]
-    same("local_ids", recv.local_ids().numpy().reshape(-1), np.array(wanted, np.int32))
+    same("local_ids", recv.local_ids().cpu().numpy().reshape(-1), np.array(wanted, np.int32))
     if rnd.source == "wire":
         return
     wire = "bf16" if rnd.defer and not case.unquantized else case.wire
@@ -288,16 +297,39 @@ def check_reading(case: Case, rnd: Round, recv: Received, want: oracle.Delivery,
     same_values("dequantize()", recv.dequantize(), rows, real)
 
 
-def experts(a2a: AllToAll, case: Case, rnd: Round, rank: int, recv: Received) -> torch.Tensor:
-    """y, with NaN in every row that must not be read."""
-    dtype = TORCH[output_dtype(case, rnd)]
+def answers(case: Case, rnd: Round, rank: int, counts: list[int]) -> torch.Tensor:
+    """y of `rank`, with NaN in every row that must not be read."""
     y = floats(outputs_of(case, rnd, rank), output_dtype(case, rnd))
-    for source, count in enumerate(recv.counts.tolist()):
+    for source, count in enumerate(counts):
         y[source, count:] = torch.nan
+    return y
+
+
+def experts(a2a: AllToAll, case: Case, rnd: Round, rank: int, recv: Received) -> torch.Tensor:
+    """`answers`, in the memory that the round wants."""
+    y = answers(case, rnd, rank, recv.counts.tolist()).to(a2a.device)
     if rnd.memory == "buffer":
         default = TORCH.get(case.combine_wire, torch.bfloat16)
-        return a2a.combine_buffer(None if dtype == default else dtype).copy_(y)
+        return a2a.combine_buffer(None if y.dtype == default else y.dtype).copy_(y)
     return placed(y, rnd.memory == "strided")
+
+
+def sums_of(case: Case, rnd: Round, rank: int, mine: oracle.Tokens) -> np.ndarray:
+    """What `rank` gets back, in the dtype of its y."""
+    return oracle.combine(
+        mine,
+        [outputs_of(case, rnd, peer) for peer in range(case.size)],
+        rank,
+        num_experts=case.experts,
+        combine_wire=case.combine_wire,
+        dtype=output_dtype(case, rnd),
+        active=active_set(case, rnd),
+    )
+
+
+def opened(ranks: RankContext, backend: str, case: Case, **options) -> AllToAll:
+    options = {"timeout": 20, "device": place_of(ranks, backend)} | options
+    return AllToAll(case.spec(), ranks.group, backend=backend, **options)
 
 
 def play(a2a: AllToAll, ranks: RankContext, case: Case, rnd: Round) -> str:
@@ -310,19 +342,12 @@ def play(a2a: AllToAll, ranks: RankContext, case: Case, rnd: Round) -> str:
     y = experts(a2a, case, rnd, ranks.rank, recv)
     out = None
     if rnd.memory == "strided":
-        out = placed(torch.full((len(mine.x), case.hidden), 5.0, dtype=y.dtype), True)
+        shape = (len(mine.x), case.hidden)
+        out = placed(torch.full(shape, 5.0, dtype=y.dtype, device=y.device), True)
     result = a2a.combine(y, out=out)
     assert out is None or result is out
     assert a2a.phase == "idle"
-    sums = oracle.combine(
-        mine,
-        [outputs_of(case, rnd, rank) for rank in range(case.size)],
-        ranks.rank,
-        num_experts=case.experts,
-        combine_wire=case.combine_wire,
-        dtype=output_dtype(case, rnd),
-        active=active_set(case, rnd),
-    )
+    sums = sums_of(case, rnd, ranks.rank, mine)
     same_values("combine", result, sums)
     counted = raw(torch.nan_to_num(result.float(), nan=1.0)).tobytes()
     return hashlib.sha256(counted + want.payload.tobytes()).hexdigest()
@@ -330,8 +355,9 @@ def play(a2a: AllToAll, ranks: RankContext, case: Case, rnd: Round) -> str:
 
 def play_rounds(ranks: RankContext, backend: str, case: Case, rounds: list[Round], **options):
     """A rank function: opens, plays, closes; the digests of the rounds."""
-    with AllToAll(case.spec(), ranks.group, backend=backend, timeout=20, **options) as a2a:
+    with opened(ranks, backend, case, **options) as a2a:
         assert a2a.backend == backend
+        assert a2a.device == place_of(ranks, backend)
         assert (a2a.ep_rank, a2a.phase) == (ranks.rank, "idle")
         digests = []
         for number, rnd in enumerate(rounds):

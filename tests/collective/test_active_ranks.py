@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_a2a import AllToAll
 from moe_a2a.errors import StateError
-from tests.collective.rounds import Case, Round, play
+from tests.collective.rounds import Case, Round, opened, play, send, tokens_of
 
 
 def shrink_and_grow(ranks, backend, case):
     """Active ranks go 4, 3, 2 and back to 4 by a reset."""
     steps = ((True, True, True, True), (True, True, False, True), (True, False, False, True))
-    with AllToAll(case.spec(), ranks.group, backend=backend, timeout=10) as a2a:
+    with opened(ranks, backend, case, timeout=10) as a2a:
         for number, active in enumerate(steps):
             if active[ranks.rank]:
                 for seed in range(3):
@@ -49,14 +48,14 @@ def grow_from_a_subset(a2a, ranks, case):
 
 
 @pytest.mark.parametrize("wire", ["bf16", "mxfp4"])
-def test_active_ranks_shrink_and_a_reset_grows_them(pool, backend, wire):
+def test_active_ranks_shrink_and_a_reset_grows_them(pool, every_backend, wire):
     case = Case(4, experts=9, top_k=3, wire=wire, combine_wire="fp32")
-    pool.run(shrink_and_grow, backend, case, ranks=4)
+    pool.run(shrink_and_grow, every_backend, case, ranks=4)
 
 
 def alone(ranks, backend, case):
     """Every rank is the only active one of its own object."""
-    with AllToAll(case.spec(), ranks.group, backend=backend, timeout=10) as a2a:
+    with opened(ranks, backend, case, timeout=10) as a2a:
         only = tuple(rank == ranks.rank for rank in range(ranks.size))
         for seed in range(3):
             play(a2a, ranks, case, Round(seed, active=only))
@@ -64,21 +63,21 @@ def alone(ranks, backend, case):
         play(a2a, ranks, case, Round(9))
 
 
-def test_a_rank_may_be_active_alone(pool, backend):
-    pool.run(alone, backend, Case(3), ranks=3)
+def test_a_rank_may_be_active_alone(pool, every_backend):
+    pool.run(alone, every_backend, Case(3), ranks=3)
 
 
 def resets(ranks, backend, case, times):
     """Resets with no failure before them, in any phase, back to back."""
-    with AllToAll(case.spec(), ranks.group, backend=backend, timeout=5) as a2a:
+    with opened(ranks, backend, case, timeout=5) as a2a:
         for number in range(times):
             a2a.reset()
             if number % 8 == 0:
                 play(a2a, ranks, case, Round(number))
             if number % 8 == 4:
-                none = torch.zeros(0, 128, dtype=torch.bfloat16), torch.zeros(0, 2).int()
-                a2a.dispatch(*none, torch.zeros(0, 2))
+                nothing = Round(number, tokens=(0,))
+                send(a2a, case, nothing, tokens_of(case, nothing, ranks.rank))
 
 
-def test_resets_back_to_back_and_in_any_phase(pool, backend):
-    pool.run(resets, backend, Case(3), 60, ranks=3)
+def test_resets_back_to_back_and_in_any_phase(pool, every_backend):
+    pool.run(resets, every_backend, Case(3), 60, ranks=3)

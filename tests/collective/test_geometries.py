@@ -8,7 +8,7 @@ import torch
 from moe_a2a import AllToAll, Spec
 from moe_a2a.testing import run_ranks
 from tests.collective.rounds import Case, Round, play_rounds
-from tests.conftest import PRELOAD
+from tests.conftest import PRELOAD, sizes
 
 ROUTINGS = ("random", "hot", "first", "nowhere", "duplicates", "invalid", "distinct")
 
@@ -17,28 +17,28 @@ def play_cases(ranks, backend, cases_and_rounds):
     return [play_rounds(ranks, backend, case, rounds) for case, rounds in cases_and_rounds]
 
 
-def test_every_routing_at_every_world_size(pool, backend):
+def test_every_routing_at_every_world_size(pool, every_backend):
     rounds = [Round(n, routing=name, wide_ids=bool(n % 2)) for n, name in enumerate(ROUTINGS)]
     rounds += [Round(9, routing="invalid", wide_ids=True), Round(10, routing="invalid")]
-    for size in (1, 2, 3, 4, 8):
-        pool.run(play_rounds, backend, Case(size, experts=2 * size + 1), rounds, ranks=size)
+    for size in sizes(every_backend, 1, 2, 3, 4, 8):
+        pool.run(play_rounds, every_backend, Case(size, experts=2 * size + 1), rounds, ranks=size)
 
 
 @pytest.mark.parametrize("size", [3, 4])
-def test_experts_that_do_not_divide_or_are_few(pool, backend, size):
+def test_experts_that_do_not_divide_or_are_few(pool, every_backend, size):
     rounds = [Round(1), Round(2, routing="hot"), Round(3, routing="duplicates")]
     counts = (size, size - 1, 1, size + 1, 2 * size - 1, 61)
     cases = [(Case(size, experts=n, top_k=min(n, 3)), rounds) for n in counts]
-    pool.run(play_cases, backend, cases, ranks=size)
+    pool.run(play_cases, every_backend, cases, ranks=size)
 
 
-def test_top_k_from_1_to_32(pool, backend):
+def test_top_k_from_1_to_32(pool, every_backend):
     rounds = [Round(1, routing="distinct"), Round(2), Round(3, routing="invalid", wide_ids=True)]
     cases = [(Case(3, experts=40, top_k=k), rounds) for k in (1, 2, 7, 31, 32)]
-    pool.run(play_cases, backend, cases, ranks=3)
+    pool.run(play_cases, every_backend, cases, ranks=3)
 
 
-def test_rounds_of_every_size(pool, backend):
+def test_rounds_of_every_size(pool, every_backend):
     """R from 0 to the capacity and back; T = R, T = 0 on some ranks and on all."""
     rounds = [Round(rows, rows=rows, tokens=(rows,)) for rows in (0, 1, 6, 2, 5, 0, 3)]
     rounds += [Round(20, tokens=(0, 6)), Round(21, tokens=(6, 0)), Round(22, tokens=(0,))]
@@ -48,14 +48,14 @@ def test_rounds_of_every_size(pool, backend):
         (Case(3, wire="mxfp4", combine_wire="mxfp8"), rounds),
         (Case(3, capacity=6, experts=2), rounds),
     ]
-    pool.run(play_cases, backend, cases, ranks=3)
+    pool.run(play_cases, every_backend, cases, ranks=3)
 
 
-def test_invalid_expert_id(pool, backend):
+def test_invalid_expert_id(pool, every_backend):
     rounds = [Round(1, routing="invalid"), Round(2, routing="invalid", wide_ids=True), Round(3)]
     for invalid in (8, 2**31 - 1, -7, -(2**31)):
         case = Case(3, more={"invalid_expert_id": invalid})
-        pool.run(play_rounds, backend, case, rounds, ranks=3)
+        pool.run(play_rounds, every_backend, case, rounds, ranks=3)
 
 
 def whole_tokens(ranks):
