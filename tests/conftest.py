@@ -15,6 +15,7 @@ from moe_a2a.testing import RankPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 os.environ.update(CUDA_SETTINGS)
 GPUS = torch.cuda.device_count()  # unlike is_available() it does not start the driver
@@ -56,3 +57,16 @@ def every_backend(request: pytest.FixtureRequest) -> str:
 def sizes(backend: str, *wanted: int) -> list[int]:
     """World sizes for rank processes: up to 4 where they share a GPU, in time slices of ms."""
     return [size for size in wanted if backend in CPU_BACKENDS or size <= max(4, GPUS)]
+
+
+class NeedsGpu(pytest.Directory):
+    """One skip for the whole folder."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip("no CUDA device")
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if path.name == "cuda" and not GPUS:
+        return NeedsGpu.from_parent(parent, path=path)
+    return None

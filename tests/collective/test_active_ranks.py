@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from moe_a2a.errors import StateError
+from tests.collective.places import meet
 from tests.collective.rounds import Case, Round, opened, play, send, tokens_of
 
 
@@ -26,7 +26,7 @@ def shrink_and_grow(ranks, backend, case):
                 play(a2a, ranks, case, Round(50, active=steps[1]))
             assert a2a.phase == "idle"
             play(a2a, ranks, case, Round(51, active=steps[2]))
-        dist.barrier(group=ranks.group)
+        meet(ranks)
         a2a.reset()
         for seed in range(3):
             play(a2a, ranks, case, Round(60 + seed))
@@ -41,7 +41,7 @@ def grow_from_a_subset(a2a, ranks, case):
         a2a.reset(torch.tensor(active))
         for seed in range(3):
             play(a2a, ranks, case, Round(70 + seed, active=active))
-    dist.barrier(group=ranks.group)
+    meet(ranks)
     a2a.reset()
     for seed in range(3):
         play(a2a, ranks, case, Round(80 + seed))
