@@ -12,15 +12,15 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from moe_a2a import backends
+from moe_a2a import backends, compiled, opening, registry
 from moe_a2a.backends.base import DispatchCall, Opening
 from moe_a2a.checks import Rules
-from moe_a2a.errors import GeometryError, MoeA2AError, PayloadError, PeerTimeout, StateError
+from moe_a2a.errors import MoeA2AError, PayloadError, PeerTimeout, StateError
 from moe_a2a.group import Group
 from moe_a2a.outputs import Outputs
-from moe_a2a.received import Received
-from moe_a2a.spec import Spec
+from moe_a2a.received import delivered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
+    from moe_a2a.received import Received
+    from moe_a2a.spec import Spec
+
 __all__ = ["AllToAll"]
 
 _NOTHING: Mapping[str, Tensor] = {}
+_new_tuple = tuple.__new__  # a third of what a NamedTuple's own constructor costs
 
 
 class AllToAll:
@@ -46,7 +50,8 @@ class AllToAll:
         group: a torch.distributed group of ``spec.ep_size`` ranks; None is the default group, or,
             where torch.distributed is not initialized, one rank by itself.
         backend: a name from `moe_a2a.backends`, or ``"auto"``: the first usable on every rank.
-        device: where tensors live; None is the CPU (the current CUDA device with a CUDA backend).
+        device: where tensors live. None is the current CUDA device with a CUDA backend, and with
+            ``"auto"`` where the group has NCCL; else the CPU.
         timeout: seconds that a wait for a peer may take; beats ``MOE_A2A_TIMEOUT``, default 30.
         max_blocks: most blocks of a CUDA kernel; the CPU backends have none.
         debug: compare more between ranks at each call.
@@ -73,13 +78,15 @@ class AllToAll:
         self._failure: MoeA2AError | None = None
         self._closed = False
         self._dispatched = False
+        self._blocked = True  # _refusal() knows why; one flag is all that a good call looks at
         self._process = os.getpid()
         self._outputs = Outputs(0, torch.device("cpu"))
         limit = 30.0
         problem: MoeA2AError | None = None
         try:
-            limit = _seconds(timeout)
-            self.device = _check_arguments(spec, backend, device, max_blocks, debug)
+            limit = opening.seconds(timeout)
+            opening.check_arguments(spec, backend, max_blocks, debug)
+            self.device = opening.place(device, backend, group)
             spec.workspace()  # compiles the library, where a compiler is missing on one rank only
         except MoeA2AError as error:
             problem = error
@@ -88,18 +95,22 @@ class AllToAll:
         # What one rank alone can see is told to all, so that nobody waits for a rank that gave up.
         ranks.agree(problem)
         ranks.introduce({"spec": dataclasses.asdict(spec), "backend": backend, "debug": debug})
-        _compare(ranks, spec)
+        opening.compare(ranks, spec)
         chosen = backends.choose(backend, self.device.type, spec, ranks)
         self.backend = chosen.name
-        opening = Opening(spec, ranks, self.device, limit, debug, max_blocks)
-        self._impl = chosen.open(opening)
-        self._rules = Rules(spec, self.device)
+        self._impl = chosen.open(Opening(spec, ranks, self.device, limit, debug, max_blocks))
+        self._rules = Rules(spec, self.device, self._impl.receive_memory)
+        self._blocked = False
         self._everyone = self._active = (1 << spec.ep_size) - 1
-        self._round = (0, 0)  # T and R of the round under way
+        self.round = (0, 0)  # T and R of the round under way
+        self._counts = torch.empty(spec.ep_size, dtype=torch.int32, device=self.device)
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._outputs = Outputs(spec.hidden_size, self.device)
         own = spec.experts_of(self.ep_rank)
         self.first_expert, self.num_local_experts = own.start, len(own)
+        # For compiled graphs.
+        compiled.register()
+        self.handle, self.order = registry.enroll(self), compiled.order_of(self.device)
 
     @property
     def phase(self) -> str:
@@ -109,7 +120,7 @@ class AllToAll:
     @property
     def round_tokens(self) -> int:
         """T of the round under way (of the last one when idle)."""
-        return self._round[0]
+        return self.round[0]
 
     def dispatch(
         self,
@@ -146,40 +157,40 @@ class AllToAll:
             StateError: not idle, or the ranks made different calls.
             PeerTimeout: ranks that did not arrive.
         """
-        impl = self._ready("dispatch", dispatched=False)
-        rules = self._rules
-        rows = rules.rows(runtime_max_tokens)
+        if is_dynamo_compiling():
+            return compiled.dispatch(
+                self, x, topk_ids, topk_weights, scales, global_scale, runtime_max_tokens, extra,
+                active_ranks, defer,
+            )  # fmt: skip
+        if self._blocked or self._dispatched:
+            raise self._refusal("dispatch", dispatched=False)
+        rules, impl = self._rules, self._impl
+        rows = rules.capacity if runtime_max_tokens is None else rules.rows(runtime_max_tokens)
         deferred = defer is not False and rules.deferral(defer)
         rules.inputs(x, topk_ids, topk_weights, scales, rows, deferred)
         tokens = x.shape[0]
         if global_scale is not None:
             rules.global_scale(global_scale)
-            self._apart("global_scale", global_scale)
-        if extra is not None or self.spec.extra:
+        if extra is not None or rules.has_extra:
             extra = rules.extra(extra, tokens)
-            for name, value in extra.items():
-                self._apart(f"extra[{name!r}]", value)
-        if scales is not None:
-            self._apart("scales", scales)
-        active = rules.active(active_ranks, self._active, self.ep_rank)
-        self._apart("x", x)
-        self._apart("topk_ids", topk_ids)
-        self._apart("topk_weights", topk_weights)
-        counts = torch.empty(self.spec.ep_size, dtype=torch.int32, device=self.device)
-        call = DispatchCall(
-            x, scales, topk_ids, topk_weights, counts, rows, deferred, global_scale, active,
-            extra or _NOTHING,
+        active = self._active
+        if active_ranks is not None:
+            self._active = active = rules.active(active_ranks, active, self.ep_rank)
+        counts = torch.empty_like(self._counts)
+        call = _new_tuple(
+            DispatchCall,
+            (
+                x, scales, topk_ids, topk_weights, counts, rows, deferred, global_scale, active,
+                extra or _NOTHING,
+            ),
         )  # fmt: skip
-        self._active = active
         try:
-            views = impl.dispatch(call)
+            views = impl.dispatch(call)  # type: ignore[union-attr]
         except BaseException as error:
             raise self._failed("dispatch", error) from None
         self._dispatched = True
-        self._round = (tokens, rows)
-        return Received(
-            *views[:4], counts, views.extra, global_scale, self.spec, self.ep_rank, deferred
-        )
+        self.round = (tokens, rows)
+        return delivered(views, counts, global_scale, self.spec, self.ep_rank, deferred)
 
     def combine(self, y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Returns every row to the rank it came from and sums there, in fp32 and in rank order.
@@ -197,19 +208,18 @@ class AllToAll:
         Raises:
             PayloadError, StateError, PeerTimeout: as `dispatch`.
         """
-        impl = self._ready("combine", dispatched=True)
-        tokens, rows = self._round
+        if is_dynamo_compiling():
+            return compiled.combine(self, y, out)
+        if self._blocked or not self._dispatched:
+            raise self._refusal("combine", dispatched=True)
+        tokens, rows = self.round
         self._rules.expert_output(y, rows)
-        self._apart("y", y)
         if out is None:
             out = self._outputs.take(tokens, y.dtype)
         else:
-            self._rules.output(out, tokens, y.dtype)
-            self._apart("out", out)
-            if _overlap(out, y):
-                raise PayloadError("out shares memory with y, which is read while out is written")
+            self._rules.output(out, tokens, y)
         try:
-            impl.combine(y, out)
+            self._impl.combine(y, out)  # type: ignore[union-attr]
         except BaseException as error:
             raise self._failed("combine", error) from None
         self._dispatched = False
@@ -224,7 +234,9 @@ class AllToAll:
             StateError: no dispatch is open.
             PayloadError: a dtype that the combine wire does not take.
         """
-        self._ready("combine_buffer", dispatched=True)
+        compiling = is_dynamo_compiling()
+        if not compiling and (self._blocked or not self._dispatched):
+            raise self._refusal("combine_buffer", dispatched=True)
         accepted = self._rules.combine_dtypes
         if dtype is None:
             dtype = accepted[0]
@@ -233,12 +245,14 @@ class AllToAll:
                 f"combine_buffer({dtype}): combine wire {self.spec.combine_wire!r} takes "
                 f"{' or '.join(map(str, accepted))}"
             )
+        if compiling:
+            return compiled.combine_buffer(self, dtype)
         spec = self.spec
         if dtype not in self._buffers:
             most = spec.ep_size * spec.max_tokens_per_rank * spec.hidden_size
             with torch.inference_mode(False):  # it outlives the mode that the caller is in
                 self._buffers[dtype] = torch.empty(most, dtype=dtype, device=self.device)
-        shape = (spec.ep_size, self._round[1], spec.hidden_size)
+        shape = (spec.ep_size, self.round[1], spec.hidden_size)
         # Detached: a write that records gradients stays with the tensor handed out here.
         return self._buffers[dtype][: shape[0] * shape[1] * shape[2]].view(shape).detach()
 
@@ -258,13 +272,30 @@ class AllToAll:
             self._impl.reset(mask)
         except BaseException as error:
             raise self._failed("reset", error) from None
+        self._rules.receive_memory = self._impl.receive_memory
         self._failure = None
-        self._dispatched = False
+        self._blocked = self._dispatched = False
         self._active = mask
+
+    def check(self) -> None:
+        """Raises what a kernel has recorded meanwhile; on CUDA it waits for the current stream.
+
+        Kernels run behind the calls that launched them: without it a failure comes out of the next
+        dispatch or combine. On the CPU nothing is ever pending.
+
+        Raises:
+            PeerTimeout: ranks that did not arrive, in this call or an earlier one.
+            StateError: the ranks made different calls; or after `close`.
+        """
+        impl = self._usable("check")
+        try:
+            impl.check()
+        except MoeA2AError as error:
+            raise self._failed("check", error) from None
 
     def close(self) -> None:
         """Lets go of the window. Local, idempotent, waits for nobody."""
-        impl, self._impl, self._closed = self._impl, None, True
+        impl, self._impl, self._closed, self._blocked = self._impl, None, True, True
         self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
         if impl is not None:
             impl.close()
@@ -288,16 +319,26 @@ class AllToAll:
         state = "closed" if self._closed else self.phase
         return f"AllToAll(rank {self.ep_rank} of {self.spec.ep_size}, {self.spec.wire}, {state})"
 
-    def _ready(self, call: str, *, dispatched: bool) -> backends.base.Backend:
+    def _usable(self, call: str) -> backends.base.Backend:
         self._check_process(call)
         if self._failure is not None:
             raise copy.copy(self._failure)
         if self._impl is None:
             raise StateError(f"{call} after close()")
-        if self._dispatched is not dispatched:
-            before = "combine" if self._dispatched else "dispatch"
-            raise StateError(f"{call} in phase {self.phase!r}: {before} comes first")
         return self._impl
+
+    def _refusal(self, call: str, *, dispatched: bool) -> MoeA2AError:
+        """Why ``call``, which needs ``dispatched``, can't be made now."""
+        try:
+            self._usable(call)
+        except MoeA2AError as error:
+            return error
+        before = "combine" if self._dispatched else "dispatch"
+        return StateError(f"{call} in phase {self.phase!r}: {before} comes first")
+
+    def forked(self) -> None:
+        """In a forked child: every call is refused there from now on."""
+        self._blocked = True
 
     def _check_process(self, call: str) -> None:
         if os.getpid() != self._process:
@@ -308,6 +349,7 @@ class AllToAll:
 
     def _failed(self, call: str, error: BaseException) -> BaseException:
         """Remembers why no further call can work until a reset."""
+        self._blocked = True
         if isinstance(error, (PeerTimeout, StateError)):
             self._failure = copy.copy(error)  # without the traceback, which holds on to the caller
         else:
@@ -316,74 +358,3 @@ class AllToAll:
                 "have its rows. Call reset() on all ranks to go on."
             )
         return error
-
-    def _apart(self, name: str, value: Tensor) -> None:
-        assert self._impl is not None
-        first, end = self._impl.receive_memory
-        if first <= value.data_ptr() < end:
-            raise PayloadError(
-                f"{name} lies in the receive views, which peers may write while it is in use; pass "
-                "a copy (combine_buffer() is memory for the experts' output)"
-            )
-
-
-def _seconds(timeout: float | None) -> float:
-    name, given = "timeout", timeout
-    if given is None:
-        name, text = "MOE_A2A_TIMEOUT", os.environ.get("MOE_A2A_TIMEOUT") or "30"
-        try:
-            given = float(text)
-        except ValueError:
-            raise GeometryError(f"{name}={text!r}: must be a number of seconds") from None
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < 1e9:
-        return float(given)
-    raise GeometryError(f"{name}={given!r}: must be a positive number of seconds")
-
-
-def _check_arguments(
-    spec: Spec, backend: object, device: object, max_blocks: object, debug: object
-) -> torch.device:
-    if not isinstance(spec, Spec):
-        raise GeometryError(f"spec={spec!r}: must be a Spec")
-    if not isinstance(backend, str):
-        raise GeometryError(f"backend={backend!r}: must be a name, or 'auto'")
-    if not isinstance(debug, bool):
-        raise GeometryError(f"debug={debug!r}: must be True or False")
-    is_int = isinstance(max_blocks, int) and not isinstance(max_blocks, bool)
-    if max_blocks is not None and not (is_int and max_blocks >= 1):  # type: ignore[operator]
-        raise GeometryError(f"max_blocks={max_blocks!r}: must be an integer >= 1, or None")
-    try:
-        found = torch.device("cpu" if device is None else device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError) as error:
-        raise GeometryError(f"device={device!r}: {str(error).splitlines()[0]}") from None
-    return torch.device("cpu") if found.type == "cpu" else found  # tensors never say "cpu:0"
-
-
-def _compare(group: Group, spec: Spec) -> None:
-    """Raises `GeometryError` on every rank alike if the ranks do not agree."""
-    for rank, facts in enumerate(group.facts):
-        for name in ("spec", "backend", "debug"):
-            mine, theirs = group.facts[0][name], facts[name]
-            if name == "spec":
-                changed = [key for key in mine if mine[key] != theirs.get(key)]
-                mine = {key: mine[key] for key in changed}
-                theirs = {key: theirs.get(key) for key in changed}
-            if mine != theirs:
-                raise GeometryError(
-                    f"the ranks disagree on {name}: rank 0 has {mine}, rank {rank} has {theirs}"
-                )
-    if group.size != spec.ep_size:
-        raise GeometryError(
-            f"ep_size={spec.ep_size}, and the group has {group.size} ranks: they must be equal"
-            + ("" if group.store else " (is torch.distributed initialized?)")
-        )
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    return _span(a)[0] < _span(b)[1] and _span(b)[0] < _span(a)[1]
-
-
-def _span(t: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    first = t.data_ptr()
-    return first, first + (last + 1) * t.element_size() if t.numel() else first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 
     from moe_a2a.spec import Spec
 
+    _Facts = tuple[object, ...]
+
 __all__ = ["Rules"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
+_facts = attrgetter("dtype", "shape", "device", "layout", "requires_grad")
 
 
 def _describe(value: object) -> str:
@@ -42,10 +46,23 @@ def _widths(accepted: Mapping[torch.dtype, int]) -> str:
 
 
 class Rules:
-    """The rules of one `AllToAll`; ``device`` is where its tensors live."""
+    """The rules of one `AllToAll`.
 
-    def __init__(self, spec: Spec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
+    What a round's tensors are (dtype, shape, device, layout, no gradient) is mostly what those of
+    the round before were, and then passed: `inputs`, `expert_output` and `output` look at their
+    rules one by one only where it is not. Strides and addresses are looked at in every call.
+
+    Attributes:
+        device: where tensors live.
+        receive_memory: first and past-the-end address of what peers write; a reset may change it.
+    """
+
+    def __init__(self, spec: Spec, device: torch.device, receive_memory: tuple[int, int]) -> None:
+        self.spec, self.device, self.receive_memory = spec, device, receive_memory
+        self.capacity, self.has_extra = spec.max_tokens_per_rank, len(spec.extra) > 0
+        self._seen_inputs: tuple[bool, int, _Facts, _Facts, _Facts] | None = None
+        self._seen_y: tuple[int, _Facts, int] | None = None
+        self._seen_out: tuple[int, _Facts, int] | None = None
         form, hidden = FORMATS[spec.wire], spec.hidden_size
         self._quantized = spec.quantized
         if spec.quantized:
@@ -110,6 +127,41 @@ class Rules:
         deferred: bool,
     ) -> None:
         """Rows, choices and scales of one dispatch."""
+        seen = self._seen_inputs
+        if seen is not None and scales is None:
+            first, end = self.receive_memory
+            try:
+                if (
+                    seen[0] is deferred
+                    and seen[1] <= rows
+                    and _facts(x) == seen[2]
+                    and _facts(topk_ids) == seen[3]
+                    and _facts(topk_weights) == seen[4]
+                    and x.is_contiguous()
+                    and topk_ids.is_contiguous()
+                    and topk_weights.is_contiguous()
+                    and not first <= x.data_ptr() < end
+                    and not first <= topk_ids.data_ptr() < end
+                    and not first <= topk_weights.data_ptr() < end
+                ):
+                    return
+            except AttributeError:  # one is no tensor
+                pass
+        self._rows_and_choices(x, topk_ids, topk_weights, scales, rows, deferred)
+        if scales is None and not (x.requires_grad or topk_weights.requires_grad):
+            self._seen_inputs = (
+                deferred, x.shape[0], _facts(x), _facts(topk_ids), _facts(topk_weights)
+            )  # fmt: skip
+
+    def _rows_and_choices(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        scales: Tensor | None,
+        rows: int,
+        deferred: bool,
+    ) -> None:
         accepted = self._deferred if deferred else self._plain if scales is None else self._scaled
         if not isinstance(x, Tensor) or x.dim() != 2 or accepted.get(x.dtype) != x.shape[1]:
             raise self._wrong_x(x, scales, deferred)
@@ -152,6 +204,7 @@ class Rules:
             raise PayloadError(f"global_scale is on {value.device}: expected {self.device}")
         if value.device.type == "cpu" and not 0 < value.item() < float("inf"):
             raise PayloadError(f"global_scale is {value.item()}: expected a positive number")
+        self._apart("global_scale", value)
 
     def extra(self, given: Mapping[str, Tensor] | None, tokens: int) -> Mapping[str, Tensor]:
         given = {} if given is None else given
@@ -167,6 +220,19 @@ class Rules:
 
     def expert_output(self, y: Tensor, rows: int) -> None:
         """``y`` of a combine."""
+        seen = self._seen_y
+        if seen is not None:
+            first, end = self.receive_memory
+            try:
+                if (
+                    seen[0] == rows
+                    and _facts(y) == seen[1]
+                    and y.is_contiguous()
+                    and not first <= y.data_ptr() < end
+                ):
+                    return
+            except AttributeError:  # no tensor
+                pass
         size, hidden = self._combine_shape
         fits = isinstance(y, Tensor) and y.shape == (size, rows, hidden)
         if not fits or y.dtype not in self.combine_dtypes:
@@ -176,12 +242,34 @@ class Rules:
                 f"(combine wire {self.spec.combine_wire!r})"
             )
         self._placed("y", y)
+        self._seen_y = None if y.requires_grad else (rows, _facts(y), y.nbytes)
 
-    def output(self, out: Tensor, tokens: int, dtype: torch.dtype) -> None:
-        """``out`` of a combine."""
-        self._shaped("out", out, (dtype,), (tokens, self.spec.hidden_size))
+    def output(self, out: Tensor, tokens: int, y: Tensor) -> None:
+        """``out`` of a combine whose ``y`` has passed."""
+        seen, seen_y = self._seen_out, self._seen_y
+        if seen is not None and seen_y is not None:
+            first, end = self.receive_memory
+            try:
+                if (
+                    seen[0] == tokens
+                    and _facts(out) == seen[1]
+                    and out.dtype is y.dtype
+                    and out.is_contiguous()
+                    and y.is_contiguous()
+                ):
+                    at, at_y = out.data_ptr(), y.data_ptr()
+                    apart = at + seen[2] <= at_y or at_y + seen_y[2] <= at
+                    if apart and not first <= at < end:
+                        return
+            except AttributeError:  # no tensor
+                pass
+        self._shaped("out", out, (y.dtype,), (tokens, self.spec.hidden_size))
         if tokens > 1 and out.stride(0) < self.spec.hidden_size:
             raise PayloadError(f"out is {_describe(out)}: its rows overlap")
+        if _overlap(out, y):
+            raise PayloadError("out shares memory with y, which is read while out is written")
+        if not out.requires_grad:
+            self._seen_out = (tokens, _facts(out), out.nbytes)
 
     def _shaped(
         self, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]
@@ -207,6 +295,16 @@ class Rules:
                 f"torch.no_grad(), or pass {name}.detach()"
             )
 
+        self._apart(name, value)
+
+    def _apart(self, name: str, value: Tensor) -> None:
+        first, end = self.receive_memory
+        if first <= value.data_ptr() < end:
+            raise PayloadError(
+                f"{name} lies in the receive views, which peers may write while it is in use; pass "
+                "a copy (combine_buffer() is memory for the experts' output)"
+            )
+
     def _wrong_x(self, x: object, scales: Tensor | None, deferred: bool) -> PayloadError:
         wire = f"wire {self.spec.wire!r}"
         if scales is not None and not self._scaled:
@@ -221,3 +319,13 @@ class Rules:
         else:
             expected = f"{_widths(self._plain)} ({wire})"
         return PayloadError(f"x is {_describe(x)}: expected {expected}")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return _span(a)[0] < _span(b)[1] and _span(b)[0] < _span(a)[1]
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    first = t.data_ptr()
+    return first, first + (last + 1) * t.element_size() if t.numel() else first

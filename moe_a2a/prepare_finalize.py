@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from moe_a2a.alltoall import AllToAll
 from moe_a2a.errors import GeometryError, PayloadError
@@ -105,7 +106,9 @@ class PrepareFinalize:
         factor = _factor(routed_scaling_factor)
         if shared is not None:
             self._check_shared(shared)
-            if isinstance(out, torch.Tensor) and _may_overlap(out, shared):
+            if isinstance(out, torch.Tensor) and (
+                is_dynamo_compiling() or _may_overlap(out, shared)  # a graph has no addresses
+            ):
                 shared = shared.clone()  # combine writes out before shared is added
         combined = self.a2a.combine(y, out=out)
         if factor is None and shared is None:

@@ -1,4 +1,4 @@
-"""What a backend is: six functions behind `AllToAll`, which has checked every argument by then.
+"""What a backend is: seven functions behind `AllToAll`, which has checked every argument by then.
 
 Shape letters: T tokens of this rank, K top_k, H hidden_size, W ep_size, R runtime_max_tokens.
 """
@@ -80,6 +80,9 @@ class Backend(Protocol):
     def dispatch(self, call: DispatchCall) -> Views: ...
 
     def combine(self, y: Tensor, out: Tensor) -> None: ...
+
+    def check(self) -> None:
+        """Waits for the kernels of the current stream, and raises what they have recorded."""
 
     def reset(self, ranks: int) -> None: ...
 
