@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Benchmark, plan and diagnose Mixture-of-Experts dispatch and combine.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    _add_bench(commands.add_parser("bench", help="check, then time, on CPU ranks of this host"))
+    _add_bench(commands.add_parser("bench", help="check, then time, on ranks of this host"))
     _add_plan(commands.add_parser("plan", help="memory and link bytes of a geometry"))
     commands.add_parser("doctor", help="versions, backends and a test round")
     return parser
@@ -127,7 +127,9 @@ def _add_geometry(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--ranks", type=_positive, metavar="W", help="processes to start (2); torchrun's beat it")
+    add("--device", choices=("cpu", "cuda"), help="default: where the backends asked for work, cpu")
+    add("--ranks", type=_positive, metavar="W",
+        help="processes to start (2; as many as GPUs); torchrun's beat it")  # fmt: skip
     _add_geometry(parser)
     add("--tokens", type=_numbers, metavar="T,T", help="tokens per rank (1,8,32,128,512)")
     add("--wire", type=_names, default=["bf16"], metavar="WIRE,WIRE",
@@ -136,12 +138,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--routing", default="uniform", metavar="KIND",
         help=f"{', '.join(DISTRIBUTIONS)}, or an .npz with topk_ids and topk_weights")  # fmt: skip
     add("--seed", type=_number, default=0, metavar="N", help="of tokens and routing (0)")
-    add("--iters", type=_positive, metavar="N", help="at least so many rounds a point (30)")
-    add("--seconds", type=_seconds, metavar="S", help="and at least so long (0.5)")
+    add("--iters", type=_positive, metavar="N",
+        help="at least so many rounds a point (30), or replays of CUDA graphs (100)")  # fmt: skip
+    add("--seconds", type=_seconds, metavar="S", help="and at least so long (0.5); not on GPUs")
+    add("--pairs", type=_positive, default=20, metavar="N",
+        help="dispatch and combine pairs in a CUDA graph (20)")  # fmt: skip
+    add("--max-blocks", type=_positive, metavar="N", help="most blocks of a CUDA kernel")
     add("--out", default=".bench", metavar="DIR", help="for JSON and PNG (.bench)")
-    add("--quick", action="store_true", help="a short sweep: 1,16 tokens, 5 rounds")
+    add("--quick", action="store_true", help="a short sweep: 1,16 tokens, few rounds")
     add("--pin", action="store_true", help="keep each rank to a core of its own while it is timed")
-    add("--no-rivals", action="store_true", help="leave out torch.distributed's collectives")
+    add("--no-rivals", action="store_true", help="leave out torch.distributed and FlashInfer")
     add("--no-plot", action="store_true", help="write no PNG")
     add("--host-overhead", action="store_true",
         help="only: host time of a one-rank round of one token, in clone()s")  # fmt: skip

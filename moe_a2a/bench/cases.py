@@ -73,6 +73,11 @@ class Sweep:
         wires: those that fit the geometry.
         rivals: whether the rivals run too.
         pinned: whether each rank keeps to a core of its own while it is timed.
+        device: ``cpu`` or ``cuda``.
+        pairs: of dispatch and combine in a CUDA graph.
+        max_blocks: of `AllToAll`.
+        only: names of the rivals to run; None is all.
+        label: what the sweep is for, where a run has several.
     """
 
     geometry: Geometry
@@ -86,6 +91,11 @@ class Sweep:
     rivals: bool
     effort: Effort
     pinned: bool = False
+    device: str = "cpu"
+    pairs: int = 20
+    max_blocks: int | None = None
+    only: tuple[str, ...] | None = None
+    label: str = ""
 
     def spec(self, wire: str) -> Spec:
         """The `Spec` of a wire; its capacity is the sweep's largest number of tokens."""

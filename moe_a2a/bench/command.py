@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_a2a import backends
 from moe_a2a.bench.cases import Effort, Sweep, UsageError, fitting_wires
+from moe_a2a.bench.connect import gpu_count
 from moe_a2a.bench.launch import join_torchrun, start_ranks, torchrun_place
 from moe_a2a.bench.points import run_points
 from moe_a2a.bench.progress import Display
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_a2a.bench.cases import Geometry
+    from moe_a2a.bench.events import Tell
 
-__all__ = ["bench", "replot"]
+__all__ = ["bench", "replot", "run_sweeps"]
 
 _USUAL_TOKENS, _QUICK_TOKENS = (1, 8, 32, 128, 512), (1, 16)
+_GPU_TOKENS, _GPU_REPLAYS = (1, 8, 32, 64, 128, 512, 1024, 4096), 50
 _USUAL_RANKS = 2
 
 
@@ -38,32 +41,58 @@ def bench(arguments: argparse.Namespace, geometry: Geometry, argv: Sequence[str]
     """
     place = torchrun_place()
     first = place is None or place[0] == 0
-    names = _backends(arguments.backend)
+    device = _device(arguments)
+    names = _backends(arguments.backend, device)
     if arguments.host_overhead:
         if first:
             _host_overhead(geometry, names, arguments.wire)
         return
-    sweep, skipped = _sweep(arguments, geometry, names, place)
+    sweep, skipped = _sweep(arguments, geometry, names, place, device)
     with Display() as display:
         if first:
             for reason in skipped.values():
                 print(f"skipped: {reason}", file=sys.stderr)
         _writable(arguments.out)
         sweep.spec(sweep.wires[0]).workspace()  # compiles once, before ranks wait for each other
-        if place is None:
-            start_ranks(run_points, sweep, display.show)
-        else:
-            join_torchrun(run_points, sweep, display.show)
+        run_sweeps((sweep,), display.show)
     if display.results is None:
         return
     from moe_a2a.bench.machine import circumstances
 
-    document = as_document(sweep, display.results.cases, circumstances(argv), skipped)
+    facts = {**circumstances(argv), **(display.results.facts or {})}
+    document = as_document(sweep, display.results.cases, facts, skipped)
     print_results(document)
     path = write_json(document, Path(arguments.out))
     print(path)
     if not arguments.no_plot:
         _plot(document, path.with_suffix(".png"))
+
+
+def run_sweeps(sweeps: tuple[Sweep, ...], show: Tell, seconds: float | None = None) -> None:
+    """Runs sweeps of one device on its ranks: torchrun's, else processes of our own.
+
+    ``seconds``: on GPUs, after which no further point begins.
+
+    Raises:
+        RankFailed: a rank gave up, or died.
+    """
+    start = start_ranks if torchrun_place() is None else join_torchrun
+    if sweeps[0].device == "cuda":
+        from moe_a2a.bench.device_points import Programme, run_programme
+
+        start(run_programme, Programme(sweeps, seconds), show)
+        return
+    for sweep in sweeps:
+        start(run_points, sweep, show)
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    """Where tensors live: what was asked for, else where the backends that were asked for work."""
+    if arguments.device is not None:
+        return str(arguments.device)
+    known = [name for name in arguments.backend or () if name in backends.BACKENDS]
+    only_cuda = known and all("cpu" not in backends.load(name).device_types for name in known)
+    return "cuda" if only_cuda else "cpu"
 
 
 def _writable(directory: str) -> None:
@@ -101,20 +130,20 @@ def _plot(document: dict[str, Any], path: Path) -> None:
         print(path)
 
 
-def _backends(wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Those asked for, else all that are usable with CPU tensors."""
+def _backends(wanted: Sequence[str] | None, device: str) -> tuple[str, ...]:
+    """Those asked for, else all that are usable with tensors on the device."""
     if wanted is not None:
         for name in wanted:
             if name not in backends.BACKENDS:
                 raise UsageError(
                     f"--backend {name}: no such backend; there are {', '.join(backends.BACKENDS)}"
                 )
-        reasons = backends.reasons(tuple(wanted), "cpu")
+        reasons = backends.reasons(tuple(wanted), device)
         for name, reason in reasons.items():
             if reason is not None:
                 raise UsageError(f"--backend {name} can't be used here: {reason}")
         return tuple(wanted)
-    reasons = backends.reasons(tuple(backends.BACKENDS), "cpu")
+    reasons = backends.reasons(tuple(backends.BACKENDS), device)
     usable = tuple(name for name, reason in reasons.items() if reason is None)
     if not usable:
         raise UsageError(f"no backend is usable here: {'; '.join(map(str, reasons.values()))}")
@@ -126,31 +155,45 @@ def _sweep(
     geometry: Geometry,
     names: tuple[str, ...],
     place: tuple[int, int] | None,
+    device: str,
 ) -> tuple[Sweep, dict[str, str]]:
     ranks = arguments.ranks
     if place is not None:
         if ranks not in (None, place[1]):
             raise UsageError(f"--ranks {ranks}, and torchrun has started {place[1]}")
         ranks = place[1]
-    ranks = _USUAL_RANKS if ranks is None else ranks
+    if ranks is None:
+        ranks = max(gpu_count(), 1) if device == "cuda" else _USUAL_RANKS
+    if arguments.pin and device == "cuda":
+        raise UsageError("--pin is for ranks on the CPU")
     cores = len(os.sched_getaffinity(0))
     if arguments.pin and ranks > cores:
         raise UsageError(f"--pin with {ranks} ranks: each needs a core, and there are {cores}")
     wires, skipped = fitting_wires(geometry, ranks, _wires(arguments.wire), arguments.combine_wire)
     if arguments.routing not in DISTRIBUTIONS:
         load_recorded(arguments.routing, geometry)  # its errors are worth one process, not W
+    sweep = Sweep(
+        geometry, ranks, _tokens(arguments, device), wires, arguments.combine_wire, names,
+        arguments.routing, arguments.seed, not arguments.no_rivals, _effort(arguments, device),
+        arguments.pin, device, arguments.pairs, arguments.max_blocks,
+    )  # fmt: skip
+    return sweep, skipped
+
+
+def _tokens(arguments: argparse.Namespace, device: str) -> tuple[int, ...]:
+    usual = _GPU_TOKENS if device == "cuda" else _USUAL_TOKENS
+    return tuple(arguments.tokens or (_QUICK_TOKENS if arguments.quick else usual))
+
+
+def _effort(arguments: argparse.Namespace, device: str) -> Effort:
+    if device == "cuda":  # iterations are replays of a graph; their number is what is promised
+        return Effort(arguments.iters or (_GPU_REPLAYS if arguments.quick else 100), 0.0, 5)
     quick = arguments.quick
-    effort = Effort(
+    return Effort(
         arguments.iters or (5 if quick else 30),
         (0.02 if quick else 0.5) if arguments.seconds is None else arguments.seconds,
         2 if quick else 5,
     )
-    tokens = tuple(arguments.tokens or (_QUICK_TOKENS if quick else _USUAL_TOKENS))
-    sweep = Sweep(
-        geometry, ranks, tokens, wires, arguments.combine_wire, names, arguments.routing,
-        arguments.seed, not arguments.no_rivals, effort, arguments.pin,
-    )  # fmt: skip
-    return sweep, skipped
 
 
 def _wires(wanted: Sequence[str]) -> tuple[str, ...]:

@@ -23,9 +23,13 @@ class Note(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All points, from rank 0; see report.py for their fields."""
+    """All points, from rank 0; see report.py for their fields.
+
+    ``facts``: what only ranks can tell of the machine: the GPUs, the link between them.
+    """
 
     cases: list[dict[str, Any]]
+    facts: dict[str, Any] | None = None
 
 
 class Failed(NamedTuple):

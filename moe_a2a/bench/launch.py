@@ -12,15 +12,15 @@ import signal
 import threading
 import time
 import traceback
-from datetime import timedelta
 from multiprocessing import connection, forkserver, resource_tracker
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moe_a2a.bench.cases import UsageError
 from moe_a2a.bench.check import CheckFailed
+from moe_a2a.bench.connect import connect
 from moe_a2a.bench.events import Failed
 from moe_a2a.errors import MoeA2AError
 
@@ -28,16 +28,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.context import ForkServerProcess
 
-    from moe_a2a.bench.cases import Sweep
     from moe_a2a.bench.events import Event, Tell
-
-    Body = Callable[[Sweep, Tell], None]
 
 __all__ = ["RankFailed", "join_torchrun", "start_ranks", "torchrun_place"]
 
 _GRACE = 0.5  # seconds in which the cause of a failure may be heard after its consequences
 _END = 1.0  # seconds that a rank has to end when told to
 _KNOWN = (MoeA2AError, CheckFailed, UsageError)
+
+
+class Work(Protocol):
+    """What ranks are started for: picklable."""
+
+    @property
+    def ep_size(self) -> int: ...
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        ...
+
+
+WorkT = TypeVar("WorkT", bound=Work)
 
 
 class RankFailed(Exception):
@@ -73,23 +85,23 @@ def torchrun_place() -> tuple[int, int] | None:
         ) from None
 
 
-def join_torchrun(body: Body, sweep: Sweep, show: Tell) -> None:
+def join_torchrun(body: Callable[[WorkT, Tell], None], work: WorkT, show: Tell) -> None:
     """Runs ``body`` as the rank that torchrun made this process; rank 0 shows.
 
     Raises:
         RankFailed: this rank did.
     """
-    dist.init_process_group("gloo")
+    connect(work.device)
     rank = dist.get_rank()
     try:
-        body(sweep, show if rank == 0 else lambda event: None)
+        body(work, show if rank == 0 else lambda event: None)
         dist.destroy_process_group()
     except Exception as error:
         raise RankFailed(f"rank {rank}: {_describe(error)}") from error
 
 
-def start_ranks(body: Body, sweep: Sweep, show: Tell) -> None:
-    """Runs ``body`` in ``sweep.ep_size`` processes until all have ended well.
+def start_ranks(body: Callable[[WorkT, Tell], None], work: WorkT, show: Tell) -> None:
+    """Runs ``body`` in ``work.ep_size`` processes until all have ended well.
 
     Raises:
         RankFailed: with the first cause; the other ranks have been ended.
@@ -101,11 +113,11 @@ def start_ranks(body: Body, sweep: Sweep, show: Tell) -> None:
     ranks: list[_Watched] = []
     try:
         _start_forkserver()
-        for rank in range(sweep.ep_size):
+        for rank in range(work.ep_size):
             ear, mouth = context.Pipe(duplex=False)
-            place = _Place(rank, sweep.ep_size, store.port)
+            place = _Place(rank, work.ep_size, store.port)
             process = context.Process(
-                target=_rank_main, args=(body, sweep, place, mouth), daemon=True
+                target=_rank_main, args=(body, work, place, mouth), daemon=True
             )
             process.start()
             mouth.close()
@@ -126,20 +138,17 @@ def _start_forkserver() -> None:
 
 
 def _rank_main(
-    body: Body, sweep: Sweep, place: _Place, mouth: connection.Connection[Any, Any]
+    body: Callable[[WorkT, Tell], None],
+    work: WorkT,
+    place: _Place,
+    mouth: connection.Connection[Any, Any],
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not resolve
     try:
         store = TCPStore("127.0.0.1", place.port, is_master=False)
-        dist.init_process_group(
-            "gloo",
-            store=store,
-            rank=place.rank,
-            world_size=place.size,
-            timeout=timedelta(minutes=10),
-        )
-        body(sweep, mouth.send if place.rank == 0 else lambda event: None)
+        connect(work.device, place.rank, place.size, store)
+        body(work, mouth.send if place.rank == 0 else lambda event: None)
         dist.destroy_process_group()
     except Exception as error:
         mouth.send(Failed(_describe(error)))

@@ -1,6 +1,6 @@
 """The figure of a run: pair latency against tokens, one line per backend or rival.
 
-The first panel is the first wire's, with the rivals and the memcpy bound; where there are more
+The first panel is the first wire's, with the rivals and the bound; where there are more
 wires, a second one compares them on the first backend.
 """
 
@@ -20,6 +20,7 @@ __all__ = ["write_plot"]
 _COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
 _MARKERS = "osD^vPX"
 _BOUND = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1.4}
+_BOUNDS = ("memcpy bound", "link floor")
 _GREY = "#666666"
 _LABEL_GAP = 0.062  # of the panel's height
 
@@ -96,7 +97,7 @@ def _draw(panel: Any, lines: Sequence[Line]) -> None:
     ends = []
     shown = 0
     for name, xs, ys in lines:
-        if name == "memcpy bound":
+        if name in _BOUNDS:
             panel.plot(xs, ys, **_BOUND)
             colour = _BOUND["color"]
         else:

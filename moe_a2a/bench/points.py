@@ -19,6 +19,7 @@ from moe_a2a.bench.cases import Sweep, row_traffic
 from moe_a2a.bench.check import CheckFailed, Oracle, destinations, same_bytes
 from moe_a2a.bench.events import Note, Progress, Results
 from moe_a2a.bench.inputs import Inputs, InputSource, global_scale_of
+from moe_a2a.bench.report import case_of
 from moe_a2a.bench.rivals import RIVALS, Rival, Round
 from moe_a2a.bench.timing import Timings, measure, slowest
 
@@ -42,19 +43,28 @@ def run_points(sweep: Sweep, tell: Tell) -> None:
 
 
 def check_backend(a2a: AllToAll, oracle: Oracle, inputs: Inputs, rows: int) -> torch.Tensor:
-    """One round, every byte compared. Returns the ``y`` [W, R, H] that it combined.
+    """One round, every byte compared on the CPU. Returns the ``y`` [W, R, H] that it combined.
+
+    ``inputs`` are on the exchange's device, and so is what is returned.
 
     Raises:
         CheckFailed: a byte is wrong.
     """
+    scale = global_scale_of(a2a.spec.wire)
     received = a2a.dispatch(
-        *inputs, runtime_max_tokens=rows, global_scale=global_scale_of(a2a.spec.wire)
+        *inputs,
+        runtime_max_tokens=rows,
+        global_scale=None if scale is None else scale.to(a2a.device),
     )
     oracle.check_received(
-        received.x, received.scales, received.topk_ids, received.topk_weights, received.counts
+        received.x.cpu(),
+        None if received.scales is None else received.scales.cpu(),
+        received.topk_ids.cpu(),
+        received.topk_weights.cpu(),
+        received.counts.cpu(),
     )
-    y = oracle.expert_outputs(rows)
-    oracle.check_combined(a2a.combine(y))
+    y = oracle.expert_outputs(rows).to(a2a.device)
+    oracle.check_combined(a2a.combine(y).cpu())
     return y
 
 
@@ -175,25 +185,4 @@ class _Points:
         ranks: list[Timings],
         **more: str,
     ) -> None:
-        spec, between = oracle.spec, oracle.rows_between
-        remote = between - between.diag().diag()
-        busiest = int(torch.maximum(remote.sum(0), remote.sum(1)).max())
-        row, back = row_traffic(spec)
-        self._cases.append(
-            {
-                "kind": kind,
-                "name": name,
-                "wire": spec.wire,
-                "combine_wire": spec.combine_wire,
-                "tokens": tokens,
-                "iterations": ranks[0].iterations,
-                **{f"{p}_us": slowest(ranks, p)._asdict() for p in ("dispatch", "combine", "pair")},
-                "dispatch_bytes": busiest * row,
-                "pair_bytes": busiest * (row + back),
-                "per_rank": [
-                    {f"{p}_us": getattr(t, p)._asdict() for p in ("dispatch", "combine", "pair")}
-                    for t in ranks
-                ],
-                **more,
-            }
-        )
+        self._cases.append({**case_of(kind, name, oracle, tokens, ranks), **more})

@@ -3,7 +3,9 @@
 A case is a dictionary: kind ("backend", "rival" or "bound"), name, wire, combine_wire, tokens (per
 rank), iterations; dispatch_us, combine_us, pair_us (median, p10, p90 of the slowest rank, in
 microseconds); dispatch_bytes, pair_bytes (that the routing sends between ranks, by the rank with
-the most); per_rank (the same quantiles of every rank).
+the most); per_rank (the same quantiles of every rank). On GPUs also host_us (what an eager dispatch
+and an eager combine keep the host for, the slowest rank's medians) and captured (whether replays of
+CUDA graphs were timed).
 """
 
 from __future__ import annotations
@@ -11,16 +13,23 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from moe_a2a.bench.cases import row_traffic
 from moe_a2a.bench.machine import without_directory
 from moe_a2a.bench.table import print_table
+from moe_a2a.bench.timing import slowest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from moe_a2a.bench.cases import Sweep
+    from moe_a2a.bench.check import Oracle
+    from moe_a2a.bench.graphs import DeviceTimings
+    from moe_a2a.bench.timing import Timings
 
-__all__ = ["as_document", "heading", "print_results", "ratios", "write_json"]
+__all__ = ["as_document", "case_of", "heading", "print_results", "ratios", "write_json"]
 
 Case = dict[str, Any]
 _HEADER = (
@@ -33,15 +42,15 @@ def as_document(
     sweep: Sweep, cases: Sequence[Case], facts: Mapping[str, Any], skipped: Mapping[str, str]
 ) -> dict[str, Any]:
     """What the JSON holds. ``facts``: of machine.py."""
-    geometry = sweep.geometry._asdict()
     return {
         "schema": 1,
         **facts,
-        "geometry": geometry,
+        "geometry": sweep.geometry._asdict(),
         "ep_size": sweep.ep_size,
         "routing": without_directory(sweep.routing),
         "seed": sweep.seed,
         "pinned": sweep.pinned,
+        "device": sweep.device,
         "skipped": dict(skipped),
         "cases": list(cases),
     }
@@ -57,6 +66,33 @@ def write_json(document: Mapping[str, Any], directory: Path) -> Path:
     return path
 
 
+def case_of(
+    kind: str,
+    name: str,
+    oracle: Oracle,
+    tokens: int,
+    ranks: Sequence[Timings] | Sequence[DeviceTimings],
+) -> Case:
+    """A case but for what its kind adds. ``ranks``: by rank."""
+    spec, between = oracle.spec, oracle.rows_between
+    remote = between - between.diag().diag()
+    busiest = int(torch.maximum(remote.sum(0), remote.sum(1)).max())
+    row, back = row_traffic(spec)
+    parts = ("dispatch", "combine", "pair")
+    return {
+        "kind": kind,
+        "name": name,
+        "wire": spec.wire,
+        "combine_wire": spec.combine_wire,
+        "tokens": tokens,
+        "iterations": ranks[0].iterations,
+        **{f"{p}_us": slowest(ranks, p)._asdict() for p in parts},
+        "dispatch_bytes": busiest * row,
+        "pair_bytes": busiest * (row + back),
+        "per_rank": [{f"{p}_us": getattr(t, p)._asdict() for p in parts} for t in ranks],
+    }
+
+
 def heading(document: Mapping[str, Any]) -> str:
     """One line: geometry, ranks, routing."""
     geometry = document["geometry"]
@@ -68,7 +104,7 @@ def heading(document: Mapping[str, Any]) -> str:
 
 
 def ratios(case: Case, cases: Sequence[Case]) -> tuple[float | None, float | None]:
-    """Pair time over ours and over the memcpy bound, at the same wire and tokens.
+    """Pair time over ours and over the bound, at the same wire and tokens.
 
     Ours is the first backend of the run.
     """
@@ -85,34 +121,52 @@ def print_results(document: Mapping[str, Any]) -> None:
     """The table on stdout."""
     rows: list[list[str]] = []
     cases: list[Case] = document["cases"]
+    on_gpus = any("host_us" in case for case in cases)
     before = None
     for case in cases:
         group = (case["wire"], case["tokens"])
         if before not in (None, group):
             rows.append([])
         before = group
-        rows.append(_row(case, cases))
-    print_table(heading(document), _HEADER, rows)
+        rows.append([*_row(case, cases), *([_host(case)] if on_gpus else [])])
+    header = (*_HEADER, "host us") if on_gpus else _HEADER
+    print_table(heading(document), header, rows)
     ours = next((c["name"] for c in cases if c["kind"] == "backend"), None)
+    bound = next((c["name"] for c in cases if c["kind"] == "bound"), None)
     print(
         "us: median over iterations on the slowest rank. bytes: rows that cross to other ranks and "
         "back, on the busiest rank.\n"
-        f"x ours: pair time over that of {ours}; x bound: over the memcpy bound of the same wire."
+        f"x ours: pair time over that of {ours}; x bound: over the {bound} of the same wire."
     )
+    if on_gpus:
+        print(
+            "dispatch, combine: each alone, in CUDA graphs that take turns, less an empty graph; "
+            "pair: back to back in one graph. host us: of an eager dispatch + combine; with a *, "
+            "no graphs: the case runs eagerly."
+        )
+
+
+def _host(case: Case) -> str:
+    if "host_us" not in case:
+        return "-"
+    host = case["host_us"]
+    eager = "" if case["captured"] else " *"
+    return f"{host['dispatch']:.1f} + {host['combine']:.1f}{eager}"
+
+
+def _us(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
 def _row(case: Case, cases: Sequence[Case]) -> list[str]:
     pair = case["pair_us"]
     dispatch, combine = case["dispatch_us"]["median"], case["combine_us"]["median"]
     times = [_us(value) for value in (dispatch, combine, *pair.values())]
-    rates = [
-        f"{case['dispatch_bytes'] / dispatch / 1e3:.2f}",
-        f"{case['pair_bytes'] / pair['median'] / 1e3:.2f}",
-    ]
+    rates = [_rate(case["dispatch_bytes"], dispatch), _rate(case["pair_bytes"], pair["median"])]
     over = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios(case, cases)]
     place = [case["name"], case["wire"], str(case["tokens"])]
     return [*place, *times, f"{case['pair_bytes']:,}", *rates, *over]
 
 
-def _us(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+def _rate(nbytes: int, microseconds: float) -> str:
+    return f"{nbytes / microseconds / 1e3:.2f}" if microseconds else "-"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from moe_a2a.bench.inputs import Inputs
 
-__all__ = ["RIVALS", "Rival", "Round"]
+__all__ = ["RIVALS", "Rival", "Round", "newest"]
 
 
 class Round(NamedTuple):
@@ -136,10 +136,10 @@ class GatherScatter:
 
     def __init__(self, round: Round) -> None:
         self._round = round
-        self._all_gather: Callable[..., object] = _newest(
+        self._all_gather: Callable[..., object] = newest(
             "all_gather_single", "all_gather_into_tensor"
         )
-        self._reduce_scatter: Callable[..., object] = _newest(
+        self._reduce_scatter: Callable[..., object] = newest(
             "reduce_scatter_single", "reduce_scatter_tensor"
         )
         try:
@@ -192,7 +192,8 @@ def _summed(shape: torch.Size, tokens: Tensor, back: Tensor) -> Tensor:
     return torch.zeros(shape).index_add_(0, tokens, back.float()).to(back.dtype)
 
 
-def _newest(*names: str) -> Callable[..., object]:
+def newest(*names: str) -> Callable[..., object]:
+    """The first function of that name that this torch has: it renames collectives."""
     found: Callable[..., object] = next(
         getattr(dist, name) for name in names if hasattr(dist, name)
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from moe_a2a.bench.cases import Effort
+    from moe_a2a.bench.graphs import DeviceTimings
 
 __all__ = ["Quantiles", "Samples", "Timings", "measure", "slowest"]
 
@@ -95,10 +96,10 @@ def _loop(
     return samples
 
 
-def slowest(ranks: Sequence[Timings], part: str) -> Quantiles:
+def slowest(ranks: Sequence[Timings] | Sequence[DeviceTimings], part: str) -> Quantiles:
     """The figure of a point: quantiles of the rank whose median is the largest.
 
-    ``part``: dispatch, combine or pair.
+    ``part``: dispatch, combine or pair; of `DeviceTimings` also host_dispatch and host_combine.
     """
     found: list[Quantiles] = [getattr(timings, part) for timings in ranks]
     return max(found, key=lambda quantiles: quantiles.median)
