@@ -5,6 +5,8 @@ The rounds that they play are in tests/cuda, on the backend that takes such a gr
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -78,6 +80,29 @@ def refused(ranks, backend):
 @pytest.mark.parametrize("backend", [name for name in ("shm", "collective") if name in BACKENDS])
 def test_backends_between_processes_say_so(backend):
     run_local(2, refused, backend)
+
+
+OPENING = """
+import threading
+from moe_a2a import AllToAll, Spec
+
+def open_one(gate):
+    gate.wait()
+    with AllToAll(Spec(1, 4, 2, 128, 4)):
+        opened.append(1)
+
+opened, gate = [], threading.Barrier(8)
+threads = [threading.Thread(target=open_one, args=(gate,)) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(opened) == 8, opened
+"""
+
+
+def test_the_first_exchanges_of_a_process_may_be_opened_by_several_threads():
+    """What is made once per process, at first use, is made once."""
+    done = subprocess.run([sys.executable, "-c", OPENING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def raise_one(ranks):

@@ -24,7 +24,7 @@ def run_streams(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 
 def _warm(ranks: RankContext, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     # cudaMalloc behind the kernel of a rank that waits would make it wait in vain.
     small = [torch.empty(1 << 20, dtype=torch.uint8, device=GPU) for _ in range(8)]
-    large = [torch.empty(10 << 20, dtype=torch.uint8, device=GPU) for _ in range(4)]
+    large = [torch.empty(9 << 20, dtype=torch.uint8, device=GPU) for _ in range(4)]
     del small, large
     meet(ranks)
     return fn(ranks, *args)

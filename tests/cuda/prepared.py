@@ -104,10 +104,10 @@ class Log:
         bad = wrong.any(1).nonzero()[:, 0].tolist()
         if bad:
             parts = [name for name, flag in zip(PARTS, wrong[bad[0]].tolist(), strict=True) if flag]
+            later = ", ".join(f"{n} ({self._played[n]})" for n in bad[1:5])
             raise AssertionError(
                 f"{len(bad)} of {len(wrong)} rounds are wrong; the first is number {bad[0]}, "
-                f"{self._played[bad[0]]}: {', '.join(parts)}. Then come "
-                + ", ".join(f"{n} ({self._played[n]})" for n in bad[1:5])
+                f"{self._played[bad[0]]}: {', '.join(parts)}" + (f"; then {later}" * bool(later))
             )
 
 
