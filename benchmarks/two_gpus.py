@@ -102,8 +102,8 @@ def _print(document: dict[str, Any]) -> None:
     if link:
         curve = ", ".join(f"{size / 1024:.0f} KB {us:.2f}" for size, us in link["exchanges"])
         print(f"link: stores {link['bytes_per_us'] / 1e3:.0f} GB/s; exchanges, us: {curve}")
-    if document.get("left_out"):
-        print(f"{document['left_out']} points were left out: the time was up")
+    for note in document.get("notes", ()):
+        print(note)
 
 
 def _shown(value: float | None) -> str:

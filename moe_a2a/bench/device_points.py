@@ -99,7 +99,7 @@ class _Run:
         self._start = time.monotonic()
         self._done, self._left_out = 0, 0
         self._total = sum(len(s.wires) * len(s.tokens) for s in programme.sweeps)
-        self._told: set[str] = set()
+        self._notes: list[str] = []
 
     def run(self) -> None:
         facts = gpu_facts(self._size)
@@ -117,11 +117,11 @@ class _Run:
         if self._left_out:
             self._note(f"{self._left_out} points were left out: the time was up")
         limits = None if self._limits is None else self._limits.as_dict()
-        self._tell(Results(self._cases, {**facts, "link": limits, "left_out": self._left_out}))
+        self._tell(Results(self._cases, {**facts, "link": limits, "notes": self._notes}))
 
     def _note(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._notes:
+            self._notes.append(text)
             self._tell(Note(text))
 
     def _measure_link(self) -> None:

@@ -149,6 +149,11 @@ def _rank_main(
         store = TCPStore("127.0.0.1", place.port, is_master=False)
         connect(work.device, place.rank, place.size, store)
         body(work, mouth.send if place.rank == 0 else lambda event: None)
+        if work.device == "cuda":
+            # Windows, graphs and NCCL would have to go in the right order on all ranks, which can
+            # hang. The driver takes everything back from a process that ends.
+            dist.barrier()
+            os._exit(0)
         dist.destroy_process_group()
     except Exception as error:
         mouth.send(Failed(_describe(error)))

@@ -70,9 +70,9 @@ class Link:
     """Rank 2n and rank 2n+1 of the default group. Collective, and so is every call."""
 
     def __init__(self, device: torch.device) -> None:
-        from moe_a2a import _ops
+        from moe_a2a._ops import cuda_library
 
-        self._library: Any = vars(_ops)["cuda_library"]()
+        self._library = cuda_library()
         rank = dist.get_rank()
         self._rank, peer = rank, rank ^ 1
         self._lines = symmetric(2 * _LINE_BYTES, device)

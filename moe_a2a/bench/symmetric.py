@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_a2a.group import Group
+
+if TYPE_CHECKING:
+    from moe_a2a.backends.symmetric import SymmetricWindow
+
 __all__ = ["Symmetric", "symmetric"]
+
+_TIMEOUT = 60.0  # seconds that a rank may come late
 
 
 class Symmetric(NamedTuple):
@@ -16,24 +23,23 @@ class Symmetric(NamedTuple):
 
     Attributes:
         regions: uint8 [nbytes] of each rank, by rank; this rank's own among them.
-        handle: torch's, for ``barrier``; keeps the mappings.
+        handle: torch's, for ``barrier``.
+        window: keeps the mappings.
     """
 
     regions: list[Tensor]
     handle: Any
+    window: SymmetricWindow
 
 
 def symmetric(nbytes: int, device: torch.device) -> Symmetric:
-    """Zeroed memory of the default group. Collective, and so is its end: free it on every rank."""
-    from torch.distributed import _symmetric_memory
+    """Zeroed memory of the default group. Collective."""
+    from moe_a2a.backends.symmetric import open_window
 
-    own = _symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-    group = dist.distributed_c10d._get_default_group()
-    handle = _symmetric_memory.rendezvous(own, group.group_name)
-    assert handle is not None
-    own.zero_()
-    torch.cuda.synchronize()
+    group = Group(None, _TIMEOUT)
+    window = open_window(nbytes, device, group)
+    handle: Any = window.keep
+    regions = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
+    regions[group.rank] = window.tensor
     dist.barrier()
-    regions = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size())]
-    regions[group.rank()] = own
-    return Symmetric(regions, handle)
+    return Symmetric(regions, handle, window)
