@@ -112,7 +112,9 @@ class Group:
         lobby = Lobby(self.rank, board, self.timeout, "open", used)
         lobby.meet(list(range(self.size)), self.size, attempt=attempt)
         store.set(key, json.dumps(lobby.used))
-        return f"moe_a2a/{hashlib.sha256(repr(lobby.used).encode()).hexdigest()[:24]}"
+        # Groups of threads each have a store of their own, and may open in the same process.
+        place = id(store) if self.local else 0
+        return f"moe_a2a/{hashlib.sha256(repr((lobby.used, place)).encode()).hexdigest()[:24]}"
 
     @property
     def store(self) -> Any:
@@ -121,6 +123,7 @@ class Group:
 
     @property
     def name(self) -> str:
+        """Of this opening alone, the same on every rank."""
         return self._name
 
     def introduce(self, facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from moe_a2a import AllToAll, Spec
 from moe_a2a.backends import BACKENDS
@@ -44,6 +45,17 @@ def test_ranks_find_each_other(size):
         assert squares == [[rank**2 for rank in range(size)]] * 3
         assert names == results[0][0]
         assert size == 1 or len(set(names)) == 3
+
+
+def test_groups_of_one_process_have_names_of_their_own():
+    names, stores = set(), [HashStore() for _ in range(2)]
+
+    def open_in_both(ranks):
+        for store in stores:
+            names.add(Group(LocalRank(ranks.rank, 2, store), 10).name)
+
+    run_local(2, open_in_both)
+    assert len(names) == 2
 
 
 def one_has_a_problem(ranks):
