@@ -56,8 +56,9 @@ def run_local(
     Beware of what waits for the whole device: ``cudaMalloc`` and ``cudaFree`` of one rank (a tensor
     larger than any that torch's allocator has kept, ``torch.cuda.empty_cache``) stall behind the
     kernel of another that waits for its peers; if such a peer is the one that is stalled, until
-    the wait expires. Threads share torch's random generator: draw from
-    ``torch.Generator().manual_seed(ranks.seed + ranks.rank)``.
+    the wait expires. So does a launch once some 1000 are queued, and it keeps the interpreter
+    meanwhile: synchronize the stream every few dozen rounds. Threads share torch's random
+    generator: draw from ``torch.Generator().manual_seed(ranks.seed + ranks.rank)``.
 
     Args:
         device: None is the CPU.
