@@ -29,7 +29,9 @@ __all__ = ["Rules"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
-_facts = attrgetter("dtype", "shape", "device", "layout", "requires_grad")
+# No layout: a tensor without strides has no address either, and raises a RuntimeError.
+_facts = attrgetter("dtype", "shape", "device", "requires_grad")
+_NO_TENSOR = (AttributeError, RuntimeError)
 
 
 def _describe(value: object) -> str:
@@ -48,7 +50,7 @@ def _widths(accepted: Mapping[torch.dtype, int]) -> str:
 class Rules:
     """The rules of one `AllToAll`.
 
-    What a round's tensors are (dtype, shape, device, layout, no gradient) is mostly what those of
+    What a round's tensors are (dtype, shape, device, no gradient) is mostly what those of
     the round before were, and then passed: `inputs`, `expert_output` and `output` look at their
     rules one by one only where it is not. Strides and addresses are looked at in every call.
 
@@ -145,7 +147,7 @@ class Rules:
                     and not first <= topk_weights.data_ptr() < end
                 ):
                     return
-            except AttributeError:  # one is no tensor
+            except _NO_TENSOR:  # which one, and what it is instead, is found below
                 pass
         self._rows_and_choices(x, topk_ids, topk_weights, scales, rows, deferred)
         if scales is None and not (x.requires_grad or topk_weights.requires_grad):
@@ -231,7 +233,7 @@ class Rules:
                     and not first <= y.data_ptr() < end
                 ):
                     return
-            except AttributeError:  # no tensor
+            except _NO_TENSOR:
                 pass
         size, hidden = self._combine_shape
         fits = isinstance(y, Tensor) and y.shape == (size, rows, hidden)
@@ -261,7 +263,7 @@ class Rules:
                     apart = at + seen[2] <= at_y or at_y + seen_y[2] <= at
                     if apart and not first <= at < end:
                         return
-            except AttributeError:  # no tensor
+            except _NO_TENSOR:
                 pass
         self._shaped("out", out, (y.dtype,), (tokens, self.spec.hidden_size))
         if tokens > 1 and out.stride(0) < self.spec.hidden_size:

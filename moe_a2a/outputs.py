@@ -30,11 +30,12 @@ class Outputs:
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         self._hidden, self._device = hidden_size, device
+        self._keeps = device.type == "cpu"  # torch's CUDA allocator keeps its blocks itself
         self._kept: list[Tensor] = []
 
     def take(self, tokens: int, dtype: torch.dtype) -> Tensor:
         """[tokens, H], uninitialized: memory that no tensor outside shares."""
-        if tokens * self._hidden * dtype.itemsize <= _SMALL or self._device.type != "cpu":
+        if not self._keeps or tokens * self._hidden * dtype.itemsize <= _SMALL:
             return torch.empty(tokens, self._hidden, dtype=dtype, device=self._device)
         for kept in self._kept:
             if kept.shape[0] == tokens and kept.dtype == dtype and _references(kept) == _MINE:
