@@ -18,7 +18,7 @@ from moe_a2a.bench.cases import Effort, Sweep
 from moe_a2a.bench.command import run_sweeps
 from moe_a2a.bench.connect import gpu_count
 from moe_a2a.bench.goals import SHAPES, compared, goal_rows, goal_sweeps, shape_sweeps
-from moe_a2a.bench.launch import torchrun_place
+from moe_a2a.bench.launch import RankFailed, torchrun_place
 from moe_a2a.bench.machine import circumstances
 from moe_a2a.bench.plot import write_plot
 from moe_a2a.bench.progress import Display
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=60)
     parser.add_argument("--no-shapes", action="store_true", help="only the promised figures")
     parser.add_argument("--no-goals", action="store_true", help="only the sweep over shapes")
+    parser.add_argument("--commit", help="where the checkout can't tell")
     arguments = parser.parse_args()
     ranks = arguments.ranks or max(gpu_count(), 1)
     place = torchrun_place()
@@ -48,12 +49,18 @@ def main() -> int:
     sweeps: list[Sweep] = [] if arguments.no_goals else [*goal_sweeps(*given)]
     if not arguments.no_shapes:
         sweeps += shape_sweeps(*given)
-    with Display() as display:
-        run_sweeps(tuple(sweeps), display.show, arguments.seconds)
+    try:
+        with Display() as display:
+            run_sweeps(tuple(sweeps), display.show, arguments.seconds)
+    except RankFailed as error:
+        print(error, file=sys.stderr)
+        return 1
     if display.results is None:
         return 0
     facts = {**circumstances(sys.argv[1:]), **(display.results.facts or {})}
     facts["command"] = facts["command"].replace("-m moe_a2a", "benchmarks/two_gpus.py")
+    if facts["commit"] == "unknown" and arguments.commit:
+        facts["commit"] = arguments.commit
     document = as_document(sweeps[0], display.results.cases, facts, {})
     document |= {"goals": goal_rows(document["cases"])}
     _write(document, arguments.out)

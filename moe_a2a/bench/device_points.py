@@ -10,12 +10,14 @@ import os
 import time
 import warnings
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moe_a2a.alltoall import AllToAll
+from moe_a2a.bench.cases import Effort
 from moe_a2a.bench.check import Oracle, destinations
 from moe_a2a.bench.connect import shares_gpu
 from moe_a2a.bench.device_check import check_rival
@@ -38,7 +40,7 @@ from moe_a2a.bench.timing import Quantiles, slowest
 from moe_a2a.formats import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from moe_a2a.bench.cases import Sweep
     from moe_a2a.bench.events import Tell
@@ -52,6 +54,8 @@ DEVICE_RIVALS: tuple[type[DeviceRival], ...] = (
     NcclGather,
     SymmetricMemory,
 )
+ResultT = TypeVar("ResultT")
+
 _CAPTURED = ("nvlink",)  # backends whose calls CUDA graphs may hold
 _THREADS = 8  # of a rank's oracle
 
@@ -156,9 +160,9 @@ class _Run:
                 own = Inputs(*(tensor.to(self._device) for tensor in inputs[self._rank]))
                 for a2a in opened:
                     self._backend(sweep, a2a, oracle, own, tokens)
-                for kind in rivals:
+                if rivals:
                     round = _round(oracle, inputs[self._rank], own, self._rank, tokens)
-                    self._rival(sweep, kind, oracle, round)
+                    rivals = [kind for kind in rivals if self._rival(sweep, kind, oracle, round)]
                 self._bound(sweep, oracle, tokens)
         gc.collect()  # the graphs, and the memory that they keep
 
@@ -213,17 +217,56 @@ class _Run:
         self, dispatch: Any, combine: Any, sweep: Sweep, captured: bool
     ) -> list[DeviceTimings]:
         dist.barrier()
-        return measure_on_device(dispatch, combine, sweep.effort, sweep.pairs, self._line, captured)
+        effort, pairs = sweep.effort, sweep.pairs
+        if shares_gpu():  # every wait for a peer is a time slice; the figures say nothing anyway
+            effort, pairs = Effort(2, 0.0, 1), 1
+        return measure_on_device(dispatch, combine, effort, pairs, self._line, captured)
 
     def _rival(
         self, sweep: Sweep, kind: type[DeviceRival], oracle: Oracle, round: DeviceRound
-    ) -> None:
-        rival = kind(round)
-        check_rival(rival, oracle)
-        ranks = self._measure(rival.dispatch, rival.combine, sweep, kind.captured)
-        check_rival(rival, oracle)
+    ) -> bool:
+        """Whether it came through; a rival that fails is told and ends nothing."""
+
+        def opened() -> DeviceRival:
+            rival = kind(round)
+            check_rival(rival, oracle)
+            return rival
+
+        where = f"{kind.name}, {oracle.label}"
+        rival = self._attempt(f"{where}: skipped from here on", opened)
+        if rival is None:
+            return False
+        dispatch, combine = rival.dispatch, rival.combine
+        ranks = None
+        if kind.captured:
+            graphs = partial(self._measure, dispatch, combine, sweep, True)
+            ranks = self._attempt(f"{where}: not in CUDA graphs", graphs)
+        if ranks is None:
+            eager = partial(self._measure, dispatch, combine, sweep, False)
+            ranks = self._attempt(f"{where}: not timed", eager)
+        checked = self._attempt(
+            f"{where}: wrong after it was timed", partial(_again, rival, oracle)
+        )
         rival.close()
+        if ranks is None or not checked:
+            return False
         self._record("rival", kind.name, sweep, oracle, round.rows, ranks)
+        return True
+
+    def _attempt(self, what: str, call: Callable[[], ResultT]) -> ResultT | None:
+        """What ``call`` returns; None where it failed on any rank, and that is told."""
+        result, problem = None, None
+        try:
+            result = call()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems = [problem] * self._size
+        dist.all_gather_object(problems, problem)
+        said = next((text for text in problems if text is not None), None)
+        if said is None:
+            return result
+        self._note(f"{what}: {said}")
+        return None
 
     def _bound(self, sweep: Sweep, oracle: Oracle, tokens: int) -> None:
         if self._limits is None:
@@ -258,6 +301,11 @@ class _Run:
 
 _NO_TIME = Quantiles(0.0, 0.0, 0.0)
 _NOTHING = DeviceTimings(_NO_TIME, _NO_TIME, _NO_TIME, _NO_TIME, _NO_TIME, 0, False)
+
+
+def _again(rival: DeviceRival, oracle: Oracle) -> bool:
+    check_rival(rival, oracle)
+    return True
 
 
 def _round(oracle: Oracle, inputs: Inputs, own: Inputs, rank: int, tokens: int) -> DeviceRound:

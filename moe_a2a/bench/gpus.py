@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_a2a._build import cuda_compiler
+from moe_a2a.errors import BuildError
+
 __all__ = ["gpu_facts"]
 
 # Settings of others that change what rivals and peers' memory do.
@@ -23,16 +26,27 @@ def gpu_facts(ranks: int) -> dict[str, Any]:
         "ranks_per_gpu": -(-ranks // max(len(gpus), 1)),
         "driver": _driver(),
         "cuda": str(torch.version.cuda),
+        "nvcc": _nvcc(),
         "nccl": _nccl(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 0)
+
+
+def _nvcc() -> str:
+    try:
+        return _line([cuda_compiler(), "--version"], -1)
+    except BuildError:
+        return "unknown"
+
+
+def _line(command: list[str], number: int) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.splitlines()[0].strip()
+        return done.stdout.splitlines()[number].strip()
     except (OSError, IndexError):
         return "unknown"
 

@@ -133,6 +133,7 @@ class Link:
 
     def _check(self) -> None:
         self._sink.zero_()
+        dist.barrier()  # an exchange gives up after two seconds
         self.exchange(_PAYLOADS[-1], 128, 512)
         self._store(64, 512)
         torch.cuda.synchronize()
