@@ -109,3 +109,31 @@ def test_a_token_more_or_less(a2a):
         ids = torch.zeros(tokens, K, dtype=torch.int32)
         assert a2a.dispatch(x, ids, torch.ones(tokens, K)).counts.tolist() == [tokens]
         assert a2a.combine(Y).shape == (tokens, H)
+
+
+def test_what_passed_where_no_gradient_is_recorded_is_refused_where_one_is(a2a):
+    x, weights, y, out = (t.clone().requires_grad_() for t in (X, WEIGHTS, Y, torch.empty_like(X)))
+    for _ in range(2):
+        with torch.no_grad():
+            a2a.dispatch(x, IDS, weights)
+            a2a.combine(y, out=out)
+        for given in ((x, IDS, weights), (x, IDS, WEIGHTS), (X, IDS, weights)):
+            with pytest.raises(PayloadError, match="requires grad"):
+                a2a.dispatch(*given)
+        a2a.dispatch(X, IDS, WEIGHTS)
+        with pytest.raises(PayloadError, match="y requires grad"):
+            a2a.combine(y)
+        with pytest.raises(PayloadError, match="out requires grad"):
+            a2a.combine(Y, out=out)
+        with torch.no_grad():
+            a2a.combine(y, out=out)
+
+
+def test_the_receive_views_after_a_reset(a2a):
+    windows = []
+    for _ in range(3):
+        a2a.reset()
+        windows.append(a2a.dispatch(X, IDS, WEIGHTS, defer=True).x)  # held: a new address each
+        with pytest.raises(PayloadError, match="receive views"):
+            a2a.combine(windows[-1])
+        a2a.combine(Y)
