@@ -97,7 +97,6 @@ class _Run:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._device = device
         self._line = StartLine(device)
-        self._link: Link | None = None
         self._limits: LinkLimits | None = None
         self._cases: list[dict[str, Any]] = []
         self._start = time.monotonic()
@@ -133,9 +132,14 @@ class _Run:
         if reason is not None:
             self._note(reason)
             return
-        self._link = Link(self._device)
-        self._line.exchange = self._link.meet
-        self._limits = self._link.limits(self._line)
+        without = "no link floor"
+        link = self._attempt(without, lambda: Link(self._device))
+        if link is None:
+            return
+        self._line.exchange = link.meet
+        self._limits = self._attempt(without, lambda: link.limits(self._line))
+        if self._limits is None:
+            self._line.exchange = None
 
     def _wire(self, sweep: Sweep, wire: str, source: InputSource) -> None:
         if self._late():
