@@ -105,8 +105,17 @@ def dispatch(
     rows = spec.max_tokens_per_rank if runtime_max_tokens is None else runtime_max_tokens
     deferred = defer and spec.quantized
     counts = torch.empty(spec.ep_size, dtype=torch.int32, device=device)
-    # An R below 0 is refused by the operator; an allocation must not fail before.
-    received = _allocate(spec, max(rows, 0), deferred, device)
+    # The operator refuses an R below 0; an allocation must not fail before it does.
+    widths = _widths(spec, deferred)
+    kept = rows
+    if rows <= 0:  # a branch, so that no size in the graph is a max()
+        kept = 0
+    # Flat: with several dimensions Inductor may take the strides of an empty tensor, or symbolic
+    # ones, for others than its own, and have the operator fill copies.
+    flat = [
+        torch.empty(spec.ep_size * kept * width, dtype=dtype, device=device)
+        for width, dtype in widths
+    ]
     names = [] if extra is None else list(extra)
     values = [] if extra is None else list(extra.values())
     is_tensor = isinstance(active_ranks, torch.Tensor)
@@ -126,15 +135,29 @@ def dispatch(
         defer,
         _recording(x=x, topk_weights=topk_weights, scales=scales),
         counts,
-        received,
+        flat,
     )
     a2a.round = (x.shape[0], rows)  # for a combine traced after this one
-    rest = received[3:]
+    shaped = [
+        memory.view(spec.ep_size, kept, width)
+        for memory, (width, _) in zip(flat, widths, strict=True)
+    ]
+    return _received(a2a, shaped, counts, global_scale, deferred)
+
+
+def _received(
+    a2a: AllToAll,
+    shaped: list[Tensor],
+    counts: Tensor,
+    global_scale: Tensor | None,
+    deferred: bool,
+) -> Received:
+    spec, rest = a2a.spec, shaped[3:]
     return Received(
-        x=received[0],
+        x=shaped[0],
         scales=rest.pop(0) if spec.quantized and not deferred else None,
-        topk_ids=received[1],
-        topk_weights=received[2],
+        topk_ids=shaped[1],
+        topk_weights=shaped[2],
         counts=counts,
         extra=dict(zip(spec.extra, rest, strict=True)),
         global_scale=global_scale,
@@ -159,8 +182,8 @@ def combine_buffer(a2a: AllToAll, dtype: torch.dtype) -> Tensor:
     return torch.empty(spec.ep_size, a2a.round[1], spec.hidden_size, dtype=dtype, device=a2a.device)
 
 
-def _allocate(spec: Spec, rows: int, deferred: bool, device: torch.device) -> list[Tensor]:
-    """x, topk_ids, topk_weights, scales where there are any, extras."""
+def _widths(spec: Spec, deferred: bool) -> list[tuple[int, torch.dtype]]:
+    """Of x, topk_ids, topk_weights, scales where there are any, extras."""
     form = FORMATS[spec.wire]
     row = (spec.payload_width, form.payload_dtype)
     if deferred:
@@ -168,11 +191,7 @@ def _allocate(spec: Spec, rows: int, deferred: bool, device: torch.device) -> li
     widths = [row, (spec.top_k, torch.int32), (spec.top_k, torch.float32)]
     if form.scale_dtype is not None and not deferred:
         widths.append((spec.scale_width, form.scale_dtype))
-    widths += [(nbytes, torch.uint8) for nbytes in spec.extra.values()]
-    return [
-        torch.empty(spec.ep_size, rows, width, dtype=dtype, device=device)
-        for width, dtype in widths
-    ]
+    return widths + [(nbytes, torch.uint8) for nbytes in spec.extra.values()]
 
 
 def _detached(value: Tensor | None) -> Tensor | None:
@@ -233,7 +252,8 @@ def _run_dispatch(
     views = [there.x, there.topk_ids, there.topk_weights]
     views += [] if there.scales is None else [there.scales]
     views += there.extra.values()
-    _copy(views, received, there)
+    shaped = [memory.view(view.shape) for memory, view in zip(received, views, strict=True)]
+    _copy(views, shaped, there)
 
 
 def _copy(views: list[Tensor], received: list[Tensor], there: Received) -> None:

@@ -106,6 +106,22 @@ def test_one_rank_without_a_group(compiler):
 
 @SLOW
 @pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_any_t_and_r(compiler, dynamic):
+    with AllToAll(spec(1)) as a2a, torch.inference_mode():
+
+        def layer(x, ids, weights, rows):
+            recv = a2a.dispatch(x, ids, weights, runtime_max_tokens=rows)
+            return a2a.combine(recv.x * 2)
+
+        fast = compiled(layer, compiler, dynamic=dynamic)
+        for seed, (tokens, rows) in enumerate(((3, 4), (5, 6), (5, 6), (1, 1), (2, 5), (0, 0))):
+            given = inputs(tokens, seed)
+            same([fast(*given, rows)], [layer(*given, rows)])
+
+
+@SLOW
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_prepare_and_finalize(compiler):
     with AllToAll(spec(1, wire="mxfp8", allow_defer=True)) as a2a:
         for quant in ("wire", "defer"):
