@@ -12,11 +12,20 @@ enum Wire : int { kBf16, kFp16, kFp8, kFp8Block128, kMxfp8, kNvfp4, kMxfp4, kFp3
 
 enum Scalar : int { kScalarBf16, kScalarFp16, kScalarFp32 };
 
+// What rows are made of, for as long as an endpoint lives.
+struct Shape {
+  int64_t hidden, padded;  // H, and Kp of an mxfp8 row
+  int64_t payload_row, scale_row;
+  int wire, combine_wire;
+  int32_t invalid_id;
+  bool scrub_all, debug;
+};
+
 // Rows whose elements are contiguous; `stride` in bytes from row to row.
 struct Rows {
   const uint8_t* data;
   int64_t stride;
-  const uint8_t* row(int64_t i) const { return data + i * stride; }
+  MOE_HD const uint8_t* row(int64_t i) const { return data + i * stride; }
 };
 
 struct DispatchArgs {

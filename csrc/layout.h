@@ -22,9 +22,11 @@ constexpr int kMaxExtras = 16;  // further payloads that ride along
 constexpr int kMaxTopK = 32;
 constexpr int64_t kLine = 128;  // alignment of regions, and the unit of false sharing
 
-// Low-latency packets: 128-byte lines that carry 120 bytes of data and 8 of epoch. A round that
-// needs more than kInboxPerPeer of lines from one peer is faster in bulk, so no more is reserved.
-constexpr int64_t kLineData = 120;
+// Low-latency packets: 128-byte lines that carry 120 bytes of data and an 8-byte tag, two lines a
+// cell, so that 16 lanes move 15 chunks of 16 bytes. A round that needs more than kInboxPerPeer of
+// cells from one peer is faster in bulk, so no more is reserved.
+constexpr int64_t kCell = 2 * kLine;
+constexpr int64_t kCellData = 240;
 constexpr int64_t kInboxPerPeer = int64_t{2} << 20;
 constexpr int64_t kInboxTotal = int64_t{32} << 20;  // each of the two
 
@@ -69,18 +71,23 @@ MOE_HD int64_t round_up(int64_t n, int64_t multiple) {
 MOE_HD int64_t min_bytes(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Control: one header line, then a line per source rank for each of these.
-enum ControlRow : int { kArriveDispatch, kArriveCombine, kPost, kMeet, kControlRows };
+enum ControlRow : int { kArriveDispatch, kArriveCombine, kPost, kMeet, kBlocks, kControlRows };
 
 MOE_HD int64_t control_bytes(int64_t ep_size) { return kLine * (1 + kControlRows * ep_size); }
 
-MOE_HD int64_t packet_lines(int64_t row_bytes) { return (row_bytes + kLineData - 1) / kLineData; }
+// A row on its way: its parts one after the other, each from a multiple of 16 bytes on.
+constexpr int64_t kChunk = 16;
 
-// `bulk` bounds the inbox: with tiny rows a line of 128 bytes would otherwise cost several times
-// the row, and a round that does not fit goes in bulk.
-MOE_HD int64_t inbox_bytes(const Geometry& g, int64_t row_bytes, int64_t bulk) {
-  const int64_t all = g.ep_size * g.max_tokens * packet_lines(row_bytes) * kLine;
+MOE_HD int64_t packet_bytes(int64_t image_bytes, int64_t cell_data) {
+  return (image_bytes + cell_data - 1) / cell_data * kCell;
+}
+
+// `bulk` bounds the inbox, at what packets of large rows need: with tiny rows a cell would
+// otherwise cost several times the row. A round that does not fit goes in bulk.
+MOE_HD int64_t inbox_bytes(const Geometry& g, int64_t image_bytes, int64_t bulk) {
+  const int64_t all = g.ep_size * g.max_tokens * packet_bytes(image_bytes, kCellData);
   const int64_t cap = min_bytes(kInboxTotal, g.ep_size * kInboxPerPeer);
-  return min_bytes(min_bytes(all, cap), bulk / kLine * kLine);
+  return min_bytes(min_bytes(all, cap), bulk * 23 / 20 / kLine * kLine);
 }
 
 MOE_HD Layout make_layout(const Geometry& g) {
@@ -96,15 +103,16 @@ MOE_HD Layout make_layout(const Geometry& g) {
   place(kScales, rows * g.scale_bytes);
   place(kIds, rows * g.top_k * 4);
   place(kWeights, rows * g.top_k * 4);
-  int64_t row_bytes = g.payload_bytes + g.scale_bytes + g.top_k * 8;
+  int64_t image_bytes = round_up(g.payload_bytes, kChunk) + round_up(g.scale_bytes, kChunk) +
+                        2 * round_up(g.top_k * 4, kChunk);
   for (int i = 0; i < g.num_extras; ++i) {
     place(kExtra + i, rows * g.extra_bytes[i]);
-    row_bytes += g.extra_bytes[i];
+    image_bytes += round_up(g.extra_bytes[i], kChunk);
   }
   const int64_t received = at - layout.region[kPayload].offset;
   place(kCombine, rows * g.combine_bytes);
   layout.committed = at;
-  place(kDispatchInbox, inbox_bytes(g, row_bytes, received));
+  place(kDispatchInbox, inbox_bytes(g, image_bytes, received));
   place(kCombineInbox, inbox_bytes(g, g.combine_bytes, layout.region[kCombine].nbytes));
   layout.total = at;
   return layout;

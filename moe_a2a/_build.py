@@ -19,22 +19,30 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_a2a.errors import BuildError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["build_cpu", "cache_directory", "cpu_compiler", "source_directory"]
+__all__ = [
+    "build_cpu",
+    "build_cuda",
+    "cache_directory",
+    "cpu_compiler",
+    "cuda_compiler",
+    "source_directory",
+]
 
-_CPU_SOURCES = ("bind.cc", "combine.cc", "dispatch.cc", "quantize.cc", "wait.cc")
 # -ffp-contract=off: products and sums round on their own, as they do on a GPU and in the
 # definitions of the formats. No other flag touches a value.
 _CPU_FLAGS = (
     "-std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-fPIC -fvisibility=hidden -Wall -Wextra"
 ) + (" -mprefer-vector-width=512" if platform.machine() == "x86_64" else "")
+
+_CUDA_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
 def source_directory() -> Path:
@@ -77,44 +85,106 @@ def cpu_compiler() -> str:
     )
 
 
+def cuda_compiler() -> str:
+    """nvcc: in ``$CUDA_HOME/bin``, on the PATH, or in /usr/local/cuda/bin.
+
+    Raises:
+        BuildError: there is none.
+    """
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    for found in (
+        shutil.which("nvcc", path=f"{homes[0]}/bin") if homes[0] else None,
+        shutil.which("nvcc"),
+        shutil.which("nvcc", path=f"{homes[1]}/bin"),
+    ):
+        if found:
+            return found
+    raise BuildError(
+        "no nvcc: install the CUDA toolkit, or set CUDA_HOME. The CUDA backends need it once; the "
+        "CPU backends need none."
+    )
+
+
+class _Library(NamedTuple):
+    """What a compiled library is made of."""
+
+    name: str  # of its folder in csrc, and of its cache entry
+    compiler: list[str]
+    flags: list[str]
+    link: list[str]
+    patience: str
+
+
 def build_cpu() -> Path:
     """Path of the CPU library, compiled if the cache has none.
 
     Raises:
         BuildError: with the command and the compiler's output.
     """
-    import tvm_ffi.libinfo as tvm
-
-    source = source_directory()
     compiler = shlex.split(cpu_compiler())
-    includes = [flag for path in tvm.include_paths() for flag in ("-isystem", str(path))]
-    library = Path(tvm.find_libtvm_ffi())
-    key = _key(source, [*compiler, _CPU_FLAGS], compiler)
-    target = cache_directory() / f"cpu-{key}" / "moe_a2a_cpu.so"
+    return _build(_Library("cpu", compiler, _CPU_FLAGS.split(), ["-shared"], "10 s"))
+
+
+def build_cuda(architecture: str) -> Path:
+    """Path of the CUDA library for one architecture (``"90a"``), compiled if the cache has none.
+
+    ``$MOE_A2A_ARCH`` beats ``architecture``.
+
+    Raises:
+        BuildError: no nvcc, or it refused the sources: with the command and its output.
+    """
+    architecture = os.environ.get("MOE_A2A_ARCH", "").strip() or architecture
+    flags = [*_CUDA_FLAGS.split(), *_generate(architecture)]
+    link = ["-shared", *_generate(architecture)]
+    return _build(_Library("cuda", [cuda_compiler()], flags, link, "30 s"))
+
+
+def _generate(architecture: str) -> list[str]:
+    name = architecture.removeprefix("sm_")
+    return [f"-gencode=arch=compute_{name},code=sm_{name}"]
+
+
+def _build(library: _Library) -> Path:
+    source = source_directory()
+    key = _key(source, library)
+    target = cache_directory() / f"{library.name}-{key}" / f"moe_a2a_{library.name}.so"
     if target.is_file():
         return target
     with _lock(target.parent):
         if not target.is_file():
             print(
-                "moe_a2a: compiling the CPU kernels (once, some 10 s)", file=sys.stderr, flush=True
+                f"moe_a2a: compiling the {library.name.upper()} kernels (once, some "
+                f"{library.patience})",
+                file=sys.stderr,
+                flush=True,
             )
             with _publish(target.parent) as scratch:
-                _compile(compiler, includes, library, source / "cpu", scratch / target.name)
+                _compile(library, source / library.name, scratch / target.name)
     return target
 
 
-def _compile(
-    compiler: list[str], includes: list[str], library: Path, source: Path, target: Path
-) -> None:
-    def compile_one(name: str) -> str:
-        out = str(target.parent / f"{name}.o")
-        _run([*compiler, *_CPU_FLAGS.split(), *includes, "-c", str(source / name), "-o", out])
+def _compile(library: _Library, source: Path, target: Path) -> None:
+    import tvm_ffi.libinfo as tvm
+
+    includes = [flag for path in tvm.include_paths() for flag in ("-isystem", str(path))]
+
+    def compile_one(path: Path) -> str:
+        out = str(target.parent / f"{path.name}.o")
+        _run([*library.compiler, *library.flags, *includes, "-c", str(path), "-o", out])
         return out
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, _CPU_SOURCES))
-    link = ["-shared", *objects, f"-L{library.parent}", "-ltvm_ffi", f"-Wl,-rpath,{library.parent}"]
-    _run([*compiler, *link, "-o", str(target)])
+        objects = list(pool.map(compile_one, _translation_units(source)))
+    ffi = Path(tvm.find_libtvm_ffi())
+    # nvcc takes no -Wl; both take the linker's option this way.
+    rpath = ["-Xlinker", "-rpath", "-Xlinker", str(ffi.parent)]
+    link = [*library.link, *objects, f"-L{ffi.parent}", "-ltvm_ffi", *rpath]
+    _run([*library.compiler, *link, "-o", str(target)])
+
+
+def _translation_units(folder: Path) -> list[Path]:
+    """The slowest to compile first: they are CUDA."""
+    return sorted(folder.glob("*.cu")) + sorted(folder.glob("*.cc"))
 
 
 def _run(command: list[str]) -> str:
@@ -127,14 +197,14 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _key(source: Path, flags: list[str], compiler: list[str]) -> str:
+def _key(source: Path, library: _Library) -> str:
     import tvm_ffi
 
     digest = hashlib.sha256()
-    for path in sorted(source.rglob("*")):
-        if path.suffix in {".h", ".cc"}:
-            digest.update(f"{path.relative_to(source)}\0".encode() + path.read_bytes() + b"\0")
-    facts = [*flags, _run([*compiler, "--version"]), tvm_ffi.__version__, _processor()]
+    for path in sorted([*source.glob("*.h"), *(source / library.name).iterdir()]):
+        digest.update(f"{path.relative_to(source)}\0".encode() + path.read_bytes() + b"\0")
+    facts = [*library.compiler, *library.flags, *library.link, tvm_ffi.__version__]
+    facts += [_run([*library.compiler, "--version"]), _processor()]
     digest.update("\0".join(facts).encode())
     return digest.hexdigest()[:20]
 
@@ -185,13 +255,10 @@ def compile_cuda() -> list[str]:
     Raises:
         BuildError: nvcc refused one, or there is no nvcc.
     """
-    sources = sorted(source_directory().rglob("*.cu"))
-    if sources and shutil.which("nvcc") is None:
-        raise BuildError("no nvcc: the CUDA sources can't be compiled. The CPU backends need none.")
-    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("90a", "100a")]
+    architectures = [flag for name in ("90a", "100a") for flag in _generate(name)]
     commands = []
-    for path in sources:
-        command = ["nvcc", "-std=c++17", "-O3", "--fmad=false", *architectures]
+    for path in sorted((source_directory() / "cuda").glob("*.cu")):
+        command = [cuda_compiler(), *_CUDA_FLAGS.split(), *architectures]
         command += ["-c", str(path), "-o", os.devnull]
         commands.append(shlex.join(command))
         _run(command)
@@ -199,5 +266,5 @@ def compile_cuda() -> list[str]:
 
 
 if __name__ == "__main__":
-    for line in compile_cuda() or ["moe_a2a: there are no CUDA sources yet: nothing to compile"]:
+    for line in compile_cuda():
         print(line)

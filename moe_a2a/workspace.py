@@ -6,11 +6,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_a2a._ops import cpu_library
+from moe_a2a.formats import FORMATS
 
 if TYPE_CHECKING:
     from moe_a2a.spec import Spec
 
-__all__ = ["Region", "Workspace", "geometry_numbers"]
+__all__ = ["Region", "Workspace", "geometry_numbers", "shape_numbers"]
+
+_WIRES = (*FORMATS, "fp32")  # order of csrc/args.h
 
 INBOXES = ("dispatch_inbox", "combine_inbox")
 
@@ -60,6 +63,14 @@ def geometry_numbers(spec: Spec) -> list[int]:
     own = [spec.ep_size, spec.num_experts, spec.top_k, spec.max_tokens_per_rank]
     own += [spec.payload_capacity, spec.row_bytes[1], spec.combine_row_bytes]
     return own + list(spec.extra.values())
+
+
+def shape_numbers(spec: Spec, debug: bool) -> list[int]:
+    """The ``Shape`` of args.h, in the order that the binding takes it."""
+    padded = spec.payload_width if spec.wire == "mxfp8" else spec.hidden_size
+    wires = [_WIRES.index(spec.wire), _WIRES.index(spec.combine_wire)]
+    own = [spec.hidden_size, padded, *wires, *spec.row_bytes]
+    return [*own, spec.invalid_expert_id, int(spec.scrub == "all"), int(debug)]
 
 
 @lru_cache(maxsize=64)

@@ -35,14 +35,6 @@ struct alignas(kLine) Header {
 };
 static_assert(sizeof(Header) == kLine, "control_bytes counts one line");
 
-struct Shape {
-  int64_t hidden, padded;  // H, and Kp of an mxfp8 row
-  int64_t payload_row, scale_row;
-  int wire, combine_wire;
-  int32_t invalid_id;
-  bool scrub_all, debug;
-};
-
 struct Endpoint {
   Geometry geometry;
   Layout layout;

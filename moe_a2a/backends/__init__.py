@@ -16,6 +16,7 @@ __all__ = ["BACKENDS", "choose", "load", "reasons"]
 
 BACKENDS = {
     "shm": "moe_a2a.backends.shm:Shm",
+    "nvlink": "moe_a2a.backends.nvlink:Nvlink",
     "collective": "moe_a2a.backends.collective:Collective",
 }
 

@@ -13,9 +13,8 @@ from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ra
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
 from moe_a2a.backends.window import PeerWindow, Ticket, Window
 from moe_a2a.errors import BuildError, MoeA2AError, StateError, WorkspaceError
-from moe_a2a.formats import FORMATS
 from moe_a2a.lobby import Lobby
-from moe_a2a.workspace import geometry_numbers
+from moe_a2a.workspace import geometry_numbers, shape_numbers
 
 if TYPE_CHECKING:
     from typing import Any
@@ -32,7 +31,6 @@ _PENDING = 1
 _SLICE_NS = 50_000_000  # a kernel comes back this often, so that Ctrl-C is heard
 _SPIN_NS = 100_000
 _MISMATCH = 2
-_WIRES = (*FORMATS, "fp32")  # order of csrc/args.h
 
 
 class Shm:
@@ -105,7 +103,7 @@ class Shm:
         self._lobby = Lobby(self._rank, board, opening.timeout, "reset", [0] * self._spec.ep_size)
         self._endpoint: Any = self._library.endpoint_open(
             geometry_numbers(self._spec),
-            self._shape(opening.debug),
+            shape_numbers(self._spec, opening.debug),
             self._rank,
             self._addresses(),
             int(opening.timeout * 1e9),
@@ -113,20 +111,6 @@ class Shm:
             _cached_bytes(),
         )
         self._views = ReceiveViews(self._spec, self._window.tensor)
-
-    def _shape(self, debug: bool) -> list[int]:
-        spec = self._spec
-        padded = spec.payload_width if spec.wire == "mxfp8" else spec.hidden_size
-        wires = [_WIRES.index(spec.wire), _WIRES.index(spec.combine_wire)]
-        return [
-            spec.hidden_size,
-            padded,
-            *wires,
-            *spec.row_bytes,
-            spec.invalid_expert_id,
-            int(spec.scrub == "all"),
-            int(debug),
-        ]
 
     def _check_memory(self, group: Group) -> None:
         wanted = self._spec.workspace().committed * self._spec.ep_size

@@ -41,14 +41,17 @@ class Goal(NamedTuple):
 
 
 GOALS: tuple[Goal, ...] = (
-    *(Goal(f"pair bf16, {n} tokens, us", _PAIRS, "bf16", n, "pair")
-      for n in (1, 8, 32, 64, 128, 1024, 4096)),
-    *(Goal(f"dispatch {wire}, {n} tokens, us", _DISPATCH, wire, n, "dispatch")
-      for wire in ("nvfp4", "mxfp8") for n in (1024, 4096)),
-    *(Goal(f"combine mxfp8, {n} tokens, us", _COMBINE, "bf16", n, "combine") for n in (1024, 4096)),
-    Goal("dispatch bf16, 4096 tokens, 24 blocks, GB/s", _FEW, "bf16", 4096, "rate"),
-    Goal("eager dispatch below 512 tokens, host us", _PAIRS, "bf16", None, "host_dispatch"),
-    Goal("eager combine below 512 tokens, host us", _PAIRS, "bf16", None, "host_combine"),
+    *(Goal(f"pair bf16, {n} tokens, us", _PAIRS, "bf16", n, "pair", goal)
+      for n, goal in ((1, 4.6), (8, 5.3), (32, 7.5), (64, 10.5), (128, 16.5), (1024, 88.0),
+                      (4096, 335.0))),
+    *(Goal(f"dispatch {wire}, {n} tokens, us", _DISPATCH, wire, n, "dispatch", goal)
+      for wire, n, goal in (("nvfp4", 1024, 18.0), ("nvfp4", 4096, 52.0),
+                            ("mxfp8", 1024, 28.0), ("mxfp8", 4096, 88.0))),
+    *(Goal(f"combine mxfp8, {n} tokens, us", _COMBINE, "bf16", n, "combine", goal)
+      for n, goal in ((1024, 30.0), (4096, 95.0))),
+    Goal("dispatch bf16, 4096 tokens, 24 blocks, GB/s", _FEW, "bf16", 4096, "rate", 250.0),
+    Goal("eager dispatch below 512 tokens, host us", _PAIRS, "bf16", None, "host_dispatch", 12.0),
+    Goal("eager combine below 512 tokens, host us", _PAIRS, "bf16", None, "host_combine", 12.0),
 )  # fmt: skip
 
 

@@ -337,6 +337,7 @@ def play(a2a: AllToAll, ranks: RankContext, case: Case, rnd: Round) -> str:
     tokens = [tokens_of(case, rnd, rank) for rank in range(case.size)]
     mine, want = tokens[ranks.rank], expected(case, rnd, ranks.rank, tokens)
     recv = send(a2a, case, rnd, mine)
+    a2a.check()
     assert a2a.phase == "dispatched"
     check_delivery(case, rnd, recv, want)
     y = experts(a2a, case, rnd, ranks.rank, recv)
@@ -345,6 +346,7 @@ def play(a2a: AllToAll, ranks: RankContext, case: Case, rnd: Round) -> str:
         shape = (len(mine.x), case.hidden)
         out = placed(torch.full(shape, 5.0, dtype=y.dtype, device=y.device), True)
     result = a2a.combine(y, out=out)
+    a2a.check()
     assert out is None or result is out
     assert a2a.phase == "idle"
     sums = sums_of(case, rnd, ranks.rank, mine)

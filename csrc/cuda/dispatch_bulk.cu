@@ -1,0 +1,206 @@
+// Dispatch of a large round: rows go straight to where the experts of their ranks read them, then
+// every block tells every rank that it is through. The receiver unpacks nothing.
+#include "finish.cuh"
+#include "launch.h"
+#include "quantize.cuh"
+#include "row.cuh"
+#include "wait_failed.cuh"
+
+namespace moe_a2a::cuda {
+namespace {
+
+constexpr int kMost = 512;  // threads
+constexpr int kWarps = kMost / kWarp;
+constexpr int kStepBytes = kWarp * 16;
+
+// A part of token t's row: every `parts`-th run of the payload, the last one also the rest.
+struct Part {
+  int t, index;
+  uint64_t ranks;
+  const int32_t* slot;
+};
+
+// fn(rank, row there) for each rank of the token.
+template <class F>
+__device__ __forceinline__ void for_each_row(const DispatchLaunch& p, const Part& part, F fn) {
+#pragma unroll 1
+  for (uint64_t ranks = part.ranks; ranks != 0; ranks &= ranks - 1) {
+    const int to = __ffsll(ranks) - 1;
+    fn(to, p.c.rank * p.a.max_rows + part.slot[to]);
+  }
+}
+
+// From byte `first` of the image to its end, small pieces all.
+__device__ __forceinline__ void send_rest(const DispatchLaunch& p, const Part& part, int first) {
+  const int lane = threadIdx.x % kWarp;
+  for (int at = first + lane * 16; at < p.image_bytes; at += kStepBytes) {
+    const Chunk data = load_image(p, part.t, at, 16);
+    for_each_row(p, part,
+                 [&](int to, int64_t row) { store_image(p, to, row, at, 16, data, false); });
+  }
+}
+
+// The caller's bytes as they are.
+struct Direct {
+  static constexpr int kStage = 0;  // bytes a warp
+
+  static __device__ __forceinline__ void send(const DispatchLaunch& p, const Part& part, uint8_t*) {
+    constexpr int kAhead = 7;  // loads in flight
+    const int lane = threadIdx.x % kWarp, bytes = p.segment[kSegmentPayload].bytes;
+    const int steps = (bytes + kStepBytes - 1) / kStepBytes;
+    const int from = steps * part.index / p.parts, to_step = steps * (part.index + 1) / p.parts;
+    const uint8_t* source = p.a.payload.row(part.t);
+#pragma unroll 1
+    for (int step = from; step < to_step; step += kAhead) {
+      Chunk data[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = (step + u) * kStepBytes + lane * 16;
+        if (step + u < to_step && at < bytes)
+          data[u] = load_bytes(source + at, min(16, bytes - at));
+      }
+      for_each_row(p, part, [&](int to, int64_t row) {
+        uint8_t* target = p.c.window[to] + p.c.payload + row * bytes;
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          const int at = (step + u) * kStepBytes + lane * 16;
+          if (step + u < to_step && at < bytes)
+            store_bytes(target + at, data[u], min(16, bytes - at));
+        }
+      });
+    }
+    if (part.index == p.parts - 1) send_rest(p, part, p.segment[kSegmentScales].image);
+  }
+};
+
+// Quantized in a stage of shared memory, which is then copied to every rank.
+struct Quantized {
+  static constexpr int kStage = kStageBytes;
+
+  static __device__ __forceinline__ void send(const DispatchLaunch& p, const Part& part,
+                                              uint8_t* stage) {
+    const Context& c = p.c;
+    const int lane = threadIdx.x % kWarp, wire = p.a.wire;
+    QuantizeRow r{p.a.payload.row(part.t),
+                  p.a.input,
+                  wire,
+                  c.hidden,
+                  c.padded,
+                  p.global_scale == nullptr ? 1.0f : *p.global_scale,
+                  {}};
+    if (wire == kFp8) {
+      r.row_scale = fp8_scale(largest_of_columns(r.data, r.scalar, 0, c.hidden));
+      if (part.index == 0 && lane == 0) {
+        for_each_row(p, part, [&](int to, int64_t row) {
+          *reinterpret_cast<float*>(c.window[to] + c.scales + row * 4) = r.row_scale.scale;
+        });
+      }
+    }
+    const int steps = (c.padded + kWarpColumns - 1) / kWarpColumns;
+    const int from = steps * part.index / p.parts * kWarpColumns;
+    const int end = min(steps * (part.index + 1) / p.parts * kWarpColumns, c.padded);
+    const int codes = p.segment[kSegmentPayload].bytes, scales = p.segment[kSegmentScales].bytes;
+    for (int col = from; col < end; col += kStageColumns) {
+      const int last = min(col + kStageColumns, end);
+      const int first_code = code_bytes(wire, col), first_scale = scale_bytes(wire, col);
+      uint8_t* stage_scales = stage + kStageColumns;
+      quantize_columns<4>(r, col, last, stage - first_code, stage_scales - first_scale);
+      __syncwarp();
+      for_each_row(p, part, [&](int to, int64_t row) {
+        copy_bytes(c.window[to] + c.payload + row * codes + first_code, stage,
+                   code_bytes(wire, last) - first_code, lane);
+        if (wire != kFp8)
+          copy_bytes(c.window[to] + c.scales + row * scales + first_scale, stage_scales,
+                     scale_bytes(wire, last) - first_scale, lane);
+      });
+      __syncwarp();
+    }
+    if (part.index == p.parts - 1) send_rest(p, part, p.segment[kSegmentIds].image);
+  }
+};
+
+template <class Source>
+__device__ __forceinline__ void send_rows(const DispatchLaunch& p, Route& route, uint8_t* stage) {
+  const int total = static_cast<int>(p.a.tokens), warps = blockDim.x / kWarp;
+  const int first = min(static_cast<int>(blockIdx.x) * p.share, total);
+  const int last = min(first + p.share, total);
+  Tiles tiles;
+#pragma unroll 1
+  for (int tile = first; tile < last; tile += kTile) {
+    const int end = min(tile + kTile, last);
+    tiles.next(p, tile, end, tile == first, route);
+#pragma unroll 1
+    for (int item = threadIdx.x / kWarp; item < (end - tile) * p.parts; item += warps) {
+      const int in_tile = item / p.parts;
+      const Part part{tile + in_tile, item - in_tile * p.parts, route.ranks[in_tile],
+                      route.slot[in_tile]};
+      Source::send(p, part, stage);
+    }
+    __syncthreads();  // the next tile overwrites the slots
+  }
+}
+
+// Release: the block's stores happen before the counter that the receiver acquires. The first block
+// tops up what the others add, so that the sum does not depend on the grid.
+__device__ __forceinline__ void announce_block(const DispatchLaunch& p) {
+  __syncthreads();
+  const uint32_t share = blockIdx.x == 0 ? kAllBlocks - (gridDim.x - 1) : 1;
+  for (int to = threadIdx.x; to < p.c.ep_size; to += blockDim.x)
+    if (to != p.c.rank && (p.a.active >> to & 1) != 0)
+      add_release_sys(reinterpret_cast<uint32_t*>(p.c.control(to, kBlocks, p.c.rank)), share);
+}
+
+// A source's count; the warp waits for it. Negative where the round is given up.
+__device__ __forceinline__ int await_count(const DispatchLaunch& p, const Operation& op,
+                                           int source) {
+  if ((p.a.active >> source & 1) == 0) return 0;
+  Wait wait;
+  int count = read_count(p.c, op.tag, source);
+  while (__any_sync(kAllLanes, count < 0)) {
+    if (!keep_waiting(p.c, p.facts, op, wait, bit(source))) return -1;
+    count = read_count(p.c, op.tag, source);
+  }
+  return count;
+}
+
+// Ids and weights (with scrub="all" payload and scales too) of the rows that nobody fills.
+__device__ __forceinline__ void scrub_rows(const DispatchLaunch& p, const Operation& op) {
+  const int lane = threadIdx.x % kWarp, rows = static_cast<int>(p.a.max_rows);
+  const int warps = blockDim.x / kWarp, warp = blockIdx.x * warps + threadIdx.x / kWarp;
+  const int from = p.c.scrub_all ? 0 : p.segment[kSegmentIds].image;
+  const int to = p.segment[kSegmentWeights].image + p.segment[kSegmentWeights].bytes;
+  for (int source = 0; source < p.c.ep_size; ++source) {
+    const int count = await_count(p, op, source);
+    if (count < 0) return;
+    for (int i = count + warp; i < rows; i += gridDim.x * warps)
+      for (int at = from + lane * 16; at < to; at += kStepBytes)
+        store_image(p, p.c.rank, static_cast<int64_t>(source) * rows + i, at, 16, {0, 0}, true);
+  }
+}
+
+template <class Source>
+__global__ void __launch_bounds__(kMost, 1)
+    dispatch_bulk(const __grid_constant__ DispatchLaunch p) {
+  __shared__ Route route;
+  __shared__ __align__(16) uint8_t stage[Source::kStage == 0 ? 16 : kWarps * Source::kStage];
+  const Operation op = begin(p.c, kDispatch);
+  if (op.dead) return;
+  const int last = gridDim.x - 1, movers = max(last, 1);
+  const bool finishes = static_cast<int>(blockIdx.x) == last;
+  if (finishes) announce_counts(p, op.tag, route);
+  if (finishes) __syncthreads();  // a block that is alone goes on to use the same memory
+  if (static_cast<int>(blockIdx.x) < movers)
+    send_rows<Source>(p, route, stage + threadIdx.x / kWarp * Source::kStage);
+  announce_block(p);
+  scrub_rows(p, op);
+  if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, true);
+}
+
+}  // namespace
+
+const void* dispatch_bulk_kernel(bool quantized) {
+  return quantized ? reinterpret_cast<const void*>(dispatch_bulk<Quantized>)
+                   : reinterpret_cast<const void*>(dispatch_bulk<Direct>);
+}
+
+}  // namespace moe_a2a::cuda

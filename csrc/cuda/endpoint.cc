@@ -1,0 +1,309 @@
+#include "endpoint.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "launch.h"
+
+namespace moe_a2a::cuda {
+namespace {
+
+constexpr int kMostImage = 64 << 10;  // bytes of shared memory for a row that is quantized
+
+const char* text_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+int64_t cell_data(const Endpoint& e) { return e.options.lines ? kCellData : 128; }
+
+bool quantized(int wire) { return wire != kBf16 && wire != kFp16 && wire != kFp32; }
+
+int64_t peer_bytes(const Endpoint& e, int inbox) {
+  return e.layout.region[inbox].nbytes / e.geometry.ep_size / kCell * kCell;
+}
+
+// The parts of this round's rows, and the bytes of one on its way.
+void lay_out_image(const Endpoint& e, bool deferred, DispatchLaunch& p) {
+  const Context& c = e.context;
+  const int k_bytes = c.top_k * 4;
+  int64_t bytes[kSegments] = {deferred ? e.shape.hidden * 2 : e.shape.payload_row,
+                              deferred ? 0 : e.shape.scale_row, k_bytes, k_bytes};
+  int64_t region[kSegments] = {c.payload, c.scales, c.ids, c.weights};
+  p.segments = 4 + c.num_extras;
+  for (int i = 0; i < c.num_extras; ++i) {
+    bytes[4 + i] = e.geometry.extra_bytes[i];
+    region[4 + i] = c.extra[i];
+  }
+  int64_t at = 0;
+  for (int i = 0; i < p.segments; ++i) {
+    p.segment[i] = {static_cast<int32_t>(at), static_cast<int32_t>(bytes[i]), region[i]};
+    at += round_up(bytes[i], kChunk);
+  }
+  p.image_bytes = static_cast<int32_t>(at);
+}
+
+struct Grid {
+  int blocks, threads, shared;
+};
+
+const char* launch(const Endpoint& e, const void* kernel, Grid grid, void* params,
+                   cudaStream_t stream) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = e.overlap ? 1 : 0;
+  void* arguments[] = {params};
+  return text_of(cudaLaunchKernelExC(&config, kernel, arguments));
+}
+
+// The last block of a grid has the headers, and rows only where it is alone.
+int movers(int blocks) { return std::max(blocks - 1, 1); }
+
+// Strips that a warp moves in one go: as few as fill the device with eight warps a multiprocessor.
+int run_of(const Endpoint& e, int64_t strips) {
+  const int64_t warps = 8 * static_cast<int64_t>(movers(e.blocks));
+  return !e.options.lines || strips <= warps ? 1 : strips <= 2 * warps ? 2 : 4;
+}
+
+// A warp for each run that a peer sends, as long as there is room, and a block for the headers.
+Grid packets_grid(const Endpoint& e, int64_t runs) {
+  const int threads = runs <= 8 * movers(e.blocks) ? 256 : 512;
+  const int64_t wanted = (runs + threads / 32 - 1) / (threads / 32) + 1;
+  return {static_cast<int>(std::clamp<int64_t>(wanted, 1, e.blocks)), threads, 0};
+}
+
+int64_t strips_of(int64_t pitch) { return (pitch + 2 * kCell - 1) / (2 * kCell); }
+
+const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
+  const bool staged = p.a.input >= 0;
+  const int64_t strips = strips_of(p.pitch);
+  const int run = staged ? 1 : run_of(e, p.a.max_rows * strips);
+  p.runs = static_cast<int32_t>((strips + run - 1) / run);
+  Grid grid = packets_grid(e, p.a.max_rows * p.runs);
+  const int blocks = movers(grid.blocks);
+  p.share = static_cast<int32_t>((p.a.tokens * p.runs + blocks - 1) / blocks);
+  if (staged) {
+    p.share = static_cast<int32_t>(round_up(p.share, p.runs));
+    grid.shared = p.image_bytes;
+  }
+  p.by_runs = fast_divisor(p.runs);
+  p.by_rows = fast_divisor(p.a.max_rows);
+  return launch(e, dispatch_packets_kernel(e.options.lines, staged, run), grid, &p, stream);
+}
+
+const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
+  constexpr int kThreads = 512, kWarps = kThreads / 32;
+  const bool quantizes = p.a.input >= 0;
+  // As many blocks as there are tokens, or padding rows to scrub.
+  const int64_t work = std::max(p.a.tokens, e.geometry.ep_size * p.a.max_rows / kWarps) + 1;
+  const int blocks = static_cast<int>(std::clamp<int64_t>(work, 1, e.blocks));
+  p.share = static_cast<int32_t>((p.a.tokens + movers(blocks) - 1) / movers(blocks));
+  const int64_t steps = std::max<int64_t>(
+      1, quantizes ? e.shape.padded / 256 : p.segment[kSegmentPayload].bytes / 512);
+  p.parts = 1;
+  while (p.parts * 2 <= steps && p.share * p.parts < 2 * kWarps) p.parts *= 2;
+  return launch(e, dispatch_bulk_kernel(quantizes), {blocks, kThreads, 0}, &p, stream);
+}
+
+// Where the flags of a bulk combine are: the tags of lines that carry no data, a source's own lines
+// of the inbox, or, where it has none, its line of the control region.
+void lay_out_flags(const Endpoint& e, CombineLaunch& p) {
+  const int64_t rows = std::max<int64_t>(p.max_rows, 1);
+  int64_t lines = e.context.combine_peer_bytes / kLine;
+  p.flags = e.context.combine_inbox;
+  p.flags_per_source = e.context.combine_peer_bytes;
+  if (lines == 0) {
+    lines = 1;
+    p.flags = (1 + static_cast<int64_t>(kBlocks) * e.geometry.ep_size) * kLine;
+    p.flags_per_source = kLine;
+  }
+  p.parts = 1;
+  while (p.parts < 8 && rows * p.parts * 2 <= std::min<int64_t>(lines, 1024)) p.parts *= 2;
+  p.rows_per_flag = static_cast<int32_t>((rows + lines - 1) / lines);
+}
+
+void place(Context& c, const Endpoint& e) {
+  const auto offset = [&](int id) { return e.layout.region[id].offset; };
+  c.payload = offset(kPayload);
+  c.scales = offset(kScales);
+  c.ids = offset(kIds);
+  c.weights = offset(kWeights);
+  c.combine = offset(kCombine);
+  c.dispatch_inbox = offset(kDispatchInbox);
+  c.combine_inbox = offset(kCombineInbox);
+  for (int i = 0; i < e.geometry.num_extras; ++i) c.extra[i] = offset(kExtra + i);
+  c.dispatch_peer_bytes = peer_bytes(e, kDispatchInbox);
+  c.combine_peer_bytes = peer_bytes(e, kCombineInbox);
+}
+
+void own_experts(Context& c, const Geometry& g) {
+  const int64_t base = g.num_experts / g.ep_size, more = g.num_experts % g.ep_size;
+  c.larger_end = static_cast<int32_t>(more * (base + 1));
+  c.larger_ranks = static_cast<int32_t>(more);
+  c.larger = fast_divisor(base + 1);
+  c.smaller = fast_divisor(base);
+}
+
+const char* load_kernels() {
+  std::vector<const void*> kernels = {dispatch_bulk_kernel(false), dispatch_bulk_kernel(true)};
+  for (bool lines : {false, true})
+    for (int run : {1, 2, 4}) {
+      for (bool staged : {false, true})
+        kernels.push_back(dispatch_packets_kernel(lines, staged, run));
+      for (int wire : {kBf16, kFp16, kFp32})
+        kernels.push_back(combine_packets_kernel(lines, wire, run));
+    }
+  for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
+    kernels.push_back(combine_bulk_kernel(wire));
+  for (const void* kernel : kernels) {
+    cudaFuncAttributes attributes;
+    if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
+  }
+  for (bool lines : {false, true})
+    if (const char* error =
+            text_of(cudaFuncSetAttribute(dispatch_packets_kernel(lines, true, 1),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
+      return error;
+  return nullptr;
+}
+
+}  // namespace
+
+int64_t local_bytes(const Geometry& g) {
+  return sizeof(State) + round_up(g.max_tokens * 8, kLine) +
+         round_up(g.max_tokens * g.ep_size * 4, kLine);
+}
+
+const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t* local,
+                          Status* status, int64_t timeout_ns) {
+  Context& c = e.context;
+  c = {};
+  for (int r = 0; r < e.geometry.ep_size; ++r) c.window[r] = reinterpret_cast<uint8_t*>(windows[r]);
+  c.state = reinterpret_cast<State*>(local);
+  c.token_ranks = reinterpret_cast<uint64_t*>(local + sizeof(State));
+  c.token_slots = reinterpret_cast<int32_t*>(local + sizeof(State) +
+                                             round_up(e.geometry.max_tokens * 8, kLine));
+  c.status = status;
+  place(c, e);
+  own_experts(c, e.geometry);
+  c.timeout_ns = timeout_ns;
+  c.combine_bytes = e.geometry.combine_bytes;
+  c.ep_size = static_cast<int32_t>(e.geometry.ep_size);
+  c.rank = rank;
+  c.num_experts = static_cast<int32_t>(e.geometry.num_experts);
+  c.top_k = static_cast<int32_t>(e.geometry.top_k);
+  c.hidden = static_cast<int32_t>(e.shape.hidden);
+  c.padded = static_cast<int32_t>(e.shape.padded);
+  c.max_tokens = static_cast<int32_t>(e.geometry.max_tokens);
+  c.num_extras = static_cast<int32_t>(e.geometry.num_extras);
+  c.invalid_id = e.shape.invalid_id;
+  c.wire = e.shape.wire;
+  c.combine_wire = e.shape.combine_wire;
+  c.scrub_all = e.shape.scrub_all;
+  c.debug = e.shape.debug;
+  int multiprocessors = 0;
+  if (const char* error = text_of(cudaDeviceGetAttribute(
+          &multiprocessors, cudaDevAttrMultiProcessorCount, e.options.device)))
+    return error;
+  // A kernel that spins must not keep out one that it waits for: one block a multiprocessor, the
+  // multiprocessors divided by the ranks that share them. With sharers there is no early launch
+  // either, since a kernel that waits its turn would take up room.
+  e.blocks = std::max(1, multiprocessors / std::max(1, e.options.sharers));
+  if (e.options.max_blocks > 0) e.blocks = std::min(e.blocks, e.options.max_blocks);
+  e.overlap = e.options.sharers <= 1;
+  if (const char* error = text_of(cudaStreamCreateWithFlags(&e.aside, cudaStreamNonBlocking)))
+    return error;
+  return load_kernels();
+}
+
+const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* global_scale,
+                            uint32_t scale_bits, cudaStream_t stream) {
+  DispatchLaunch p{};
+  p.c = e.context;
+  p.a = a;
+  std::copy_n(e.extra, kMaxExtras, p.a.extra);
+  p.global_scale = global_scale;
+  lay_out_image(e, a.deferred, p);
+  p.pitch = static_cast<int32_t>(packet_bytes(p.image_bytes, cell_data(e)));
+  e.format = static_cast<uint32_t>(a.wire) | (a.deferred ? kDeferred : 0u);
+  e.tokens = a.tokens;
+  e.max_rows = a.max_rows;
+  e.active = a.active;
+  p.facts = {kDispatch, static_cast<uint32_t>(a.max_rows), e.format, scale_bits, a.active};
+  // From what all ranks know alike.
+  const bool packets =
+      a.max_rows * p.pitch <= e.context.dispatch_peer_bytes && p.image_bytes <= kMostImage;
+  return packets ? dispatch_in_packets(e, p, stream) : dispatch_in_bulk(e, p, stream);
+}
+
+const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t stream) {
+  CombineLaunch p{};
+  p.c = e.context;
+  p.a = a;
+  p.tokens = static_cast<int32_t>(e.tokens);
+  p.max_rows = static_cast<int32_t>(e.max_rows);
+  p.pitch = static_cast<int32_t>(packet_bytes(e.geometry.combine_bytes, cell_data(e)));
+  p.facts = {kCombineOp, static_cast<uint32_t>(e.max_rows), e.format, 0, e.active};
+  lay_out_flags(e, p);
+  const bool packets =
+      !quantized(e.shape.combine_wire) && e.max_rows * p.pitch <= e.context.combine_peer_bytes;
+  if (packets) {
+    const int64_t strips = strips_of(p.pitch);
+    const int run = run_of(e, e.max_rows * strips);
+    p.runs = static_cast<int32_t>((strips + run - 1) / run);
+    p.by_runs = fast_divisor(p.runs);
+    return launch(e, combine_packets_kernel(e.options.lines, e.shape.combine_wire, run),
+                  packets_grid(e, e.max_rows * p.runs), &p, stream);
+  }
+  const int64_t units = std::max<int64_t>(e.max_rows * p.parts / 4, 1);
+  const int blocks = static_cast<int>(std::clamp<int64_t>(units, 1, e.blocks));
+  return launch(e, combine_bulk_kernel(e.shape.combine_wire), {blocks, 512, 0}, &p, stream);
+}
+
+const char* restart(Endpoint& e, uint32_t epoch, uint32_t generation, uint32_t round,
+                    cudaStream_t stream) {
+  uint8_t* own = e.context.window[e.context.rank];
+  const auto clear = [&](int id) {
+    return cudaMemsetAsync(own + e.layout.region[id].offset, 0, e.layout.region[id].nbytes, stream);
+  };
+  for (int id : {kControl, kDispatchInbox, kCombineInbox})
+    if (const char* error = text_of(clear(id))) return error;
+  State state{};
+  state.dispatch_tag = static_cast<uint64_t>(generation) << 32 | epoch;
+  state.dispatch_round = round;
+  if (const char* error = text_of(
+          cudaMemcpyAsync(e.context.state, &state, sizeof(state), cudaMemcpyHostToDevice, stream)))
+    return error;
+  if (const char* error = text_of(cudaStreamSynchronize(stream))) return error;
+  *e.context.status = {};
+  return nullptr;
+}
+
+const char* abandon(Endpoint& e) {
+  return text_of(cudaMemsetAsync(&e.context.state->failing, 1, sizeof(uint32_t), e.aside));
+}
+
+Endpoint::~Endpoint() {
+  if (aside != nullptr) cudaStreamDestroy(aside);
+}
+
+const char* exclude(Endpoint& e, uint64_t ranks, uint32_t generation, cudaStream_t stream) {
+  Post post{};
+  post.generation = generation;
+  for (int r = 0; r < e.context.ep_size; ++r) {
+    if ((ranks >> r & 1) == 0 || r == e.context.rank) continue;
+    if (const char* error =
+            text_of(cudaMemcpyAsync(e.context.control(r, kPost, e.context.rank), &post,
+                                    sizeof(post), cudaMemcpyHostToDevice, stream)))
+      return error;
+  }
+  return text_of(cudaStreamSynchronize(stream));
+}
+
+}  // namespace moe_a2a::cuda

@@ -1,0 +1,210 @@
+// Row quantizers, a warp at a time: eight columns a lane, the largest magnitude of a block by
+// shuffles between its lanes. Bit-exact to csrc/cpu/quantize.cc (docs/formats.md).
+#pragma once
+
+#include <cfloat>
+
+#include "../codec.h"
+#include "packet.cuh"
+
+namespace moe_a2a::cuda {
+
+constexpr int kColumns = 8;                      // of a lane
+constexpr int kWarpColumns = kWarp * kColumns;   // of a warp's step
+constexpr int kStageColumns = 8 * kWarpColumns;  // that a warp stages at a time
+constexpr int kStageScales = kStageColumns / 16;
+constexpr int kStageBytes = kStageColumns + kStageScales;
+
+__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) {
+  return __uint_as_float(pair & 0xFFFF0000u);
+}
+
+// Eight elements of a row from column `col` on.
+__device__ __forceinline__ void load_columns(const uint8_t* row, int scalar, int col,
+                                             float (&v)[kColumns]) {
+  const uint8_t* at = row + col * (scalar == kScalarFp32 ? 4 : 2);
+  const Chunk c = load_bytes(at, 16);
+  const uint32_t w[4] = {static_cast<uint32_t>(c.lo), static_cast<uint32_t>(c.lo >> 32),
+                         static_cast<uint32_t>(c.hi), static_cast<uint32_t>(c.hi >> 32)};
+  if (scalar == kScalarFp32) {
+    const Chunk d = load_bytes(at + 16, 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = __uint_as_float(w[i]);
+    v[4] = __uint_as_float(static_cast<uint32_t>(d.lo));
+    v[5] = __uint_as_float(static_cast<uint32_t>(d.lo >> 32));
+    v[6] = __uint_as_float(static_cast<uint32_t>(d.hi));
+    v[7] = __uint_as_float(static_cast<uint32_t>(d.hi >> 32));
+    return;
+  }
+  const bool half = scalar == kScalarFp16;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = half ? low_fp16(w[i]) : low_bf16(w[i]);
+    v[2 * i + 1] = half ? low_fp16(w[i] >> 16) : high_bf16(w[i]);
+  }
+}
+
+__device__ __forceinline__ uint32_t largest(const float (&v)[kColumns]) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) amax = max(amax, magnitude_bits(v[i]));
+  return amax;
+}
+
+template <int kLanes>
+__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t amax) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2)
+    amax = max(amax, __shfl_xor_sync(kAllLanes, amax, step));
+  return amax;
+}
+
+__device__ __forceinline__ uint64_t encode_e4m3(const float (&v)[kColumns], float factor) {
+  uint64_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 2)
+    codes |= static_cast<uint64_t>(e4m3x2(v[i] * factor, v[i + 1] * factor)) << (8 * i);
+  return codes;
+}
+
+__device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], float factor) {
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < kColumns; i += 2) {
+#if defined(MOE_HAS_E2M1)
+    codes |= e2m1x2(v[i] * factor, v[i + 1] * factor) << (4 * i);
+#else
+    codes |= static_cast<uint32_t>(e2m1_encode(v[i] * factor)) << (4 * i) |
+             static_cast<uint32_t>(e2m1_encode(v[i + 1] * factor)) << (4 * i + 4);
+#endif
+  }
+  return codes;
+}
+
+struct Fp8Scale {
+  float scale, inverse;
+};
+
+__device__ __forceinline__ Fp8Scale fp8_scale(uint32_t amax) {
+  const float m = fminf(fmaxf(bits_float(amax), 1e-10f), FLT_MAX);
+  return {m / 448.0f, 448.0f / m};
+}
+
+struct Nvfp4Scale {
+  uint8_t code;
+  float factor;
+};
+
+__device__ __forceinline__ Nvfp4Scale nvfp4_scale(uint32_t amax, float global_scale) {
+  const float v = (bits_float(amax) * bits_float(0x3E2AAAABu)) * global_scale;
+  const uint8_t code = e4m3_encode(fminf(v, 448.0f));
+  const float sf = e4m3_decode(code);  // 0 where amax is 0, or too small for a scale
+  return {code, sf == 0.0f ? 0.0f : 1.0f / (sf * (1.0f / global_scale))};
+}
+
+struct QuantizeRow {
+  const uint8_t* data;
+  int scalar, wire, hidden, padded;
+  float global_scale;
+  Fp8Scale row_scale;  // of wire fp8
+};
+
+// The largest magnitude of columns [first, last) over a warp.
+__device__ __forceinline__ uint32_t largest_of_columns(const uint8_t* row, int scalar, int first,
+                                                       int last) {
+  uint32_t amax = 0;
+#pragma unroll 2
+  for (int col = first + static_cast<int>(threadIdx.x % kWarp) * kColumns; col < last;
+       col += kWarpColumns) {
+    float v[kColumns];
+    load_columns(row, scalar, col, v);
+    amax = max(amax, largest(v));
+  }
+  return largest_of_lanes<kWarp>(amax);
+}
+
+// One step of a warp: codes of this lane's columns to `payload`, scales of its blocks to `scales`,
+// both of the row's column 0. Columns from `hidden` to `padded` count as zeros.
+__device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float (&v)[kColumns],
+                                              int col, uint8_t* payload, uint8_t* scales) {
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t own = largest(v);
+  const bool inside = col < r.padded;
+  switch (r.wire) {
+    case kFp8:
+      if (inside) *reinterpret_cast<uint64_t*>(payload + col) = encode_e4m3(v, r.row_scale.inverse);
+      break;
+    case kFp8Block128: {
+      const Fp8Scale s = fp8_scale(largest_of_lanes<16>(own));
+      if (inside) *reinterpret_cast<uint64_t*>(payload + col) = encode_e4m3(v, s.inverse);
+      if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[col / 128] = s.scale;
+      break;
+    }
+    case kMxfp8: {
+      const uint32_t e = mxfp8_exponent(largest_of_lanes<4>(own));
+      if (inside) *reinterpret_cast<uint64_t*>(payload + col) = encode_e4m3(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
+      break;
+    }
+    case kMxfp4: {
+      const uint32_t e = mxfp4_exponent(largest_of_lanes<4>(own));
+      if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
+      break;
+    }
+    default: {
+      const Nvfp4Scale s = nvfp4_scale(largest_of_lanes<2>(own), r.global_scale);
+      if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, s.factor);
+      if (inside && lane % 2 == 0) scales[col / 16] = s.code;
+      break;
+    }
+  }
+}
+
+// A warp quantizes columns [first, last), whole steps but for the end of the row, into shared
+// memory at the place of column 0.
+template <int kAhead>  // steps whose loads are in flight
+__device__ __forceinline__ void quantize_columns(const QuantizeRow& r, int first, int last,
+                                                 uint8_t* payload, uint8_t* scales) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (int step = first; step < last; step += kAhead * kWarpColumns) {
+    float v[kAhead][kColumns];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int col = step + u * kWarpColumns + lane * kColumns;
+      if (col < min(last, r.hidden)) {
+        load_columns(r.data, r.scalar, col, v[u]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) v[u][i] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int col = step + u * kWarpColumns;
+      if (col < last) quantize_step(r, v[u], col + lane * kColumns, payload, scales);
+    }
+  }
+}
+
+// Bytes of codes that `columns` take.
+__device__ __forceinline__ int code_bytes(int wire, int columns) {
+  return wire == kNvfp4 || wire == kMxfp4 ? columns / 2 : columns;
+}
+
+__device__ __forceinline__ int scale_bytes(int wire, int columns) {
+  switch (wire) {
+    case kFp8:
+      return 4;
+    case kFp8Block128:
+      return columns / 128 * 4;
+    case kNvfp4:
+      return columns / 16;
+    default:
+      return columns / 32;
+  }
+}
+
+}  // namespace moe_a2a::cuda

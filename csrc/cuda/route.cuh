@@ -1,0 +1,163 @@
+// Which ranks a token goes to, and its slot there: the number of earlier tokens of this rank that
+// go to the same one. A count, so the layout is the same in every run and on every backend.
+#pragma once
+
+#include "packet.cuh"
+#include "wait.cuh"
+
+namespace moe_a2a::cuda {
+
+constexpr int kTile = 32;  // tokens that a block has slots of at a time: a lane each
+constexpr int kMostWarps = 32;
+
+struct Route {            // in shared memory
+  uint64_t ranks[kTile];  // mask
+  union {                 // the first warp reads all parts before it writes slots
+    int32_t slot[kTile][kMaxRanks];
+    int32_t part[kMostWarps][kMaxRanks];  // rows to each rank, of the tokens a warp looked at
+  };
+};
+
+// The rank that owns an expert, as owner_of_expert() of routing.h has it.
+__device__ __forceinline__ uint32_t owner_of(const Context& c, uint32_t expert) {
+  if (c.larger_end == 0) return expert / c.smaller;
+  const bool on_larger = expert < static_cast<uint32_t>(c.larger_end);
+  return on_larger ? expert / c.larger : c.larger_ranks + (expert - c.larger_end) / c.smaller;
+}
+
+// Whether a choice is delivered anywhere.
+__device__ __forceinline__ bool routed(const DispatchLaunch& p, uint32_t low, uint32_t high) {
+  const bool exists = high == 0 && low < static_cast<uint32_t>(p.c.num_experts);
+  return exists && (p.a.active >> owner_of(p.c, low) & 1) != 0;
+}
+
+// Mask of the ranks that token t goes to; 0 past `end`. An id is looked at as 32-bit words: an
+// int64 one exists only if its high word is 0.
+__device__ __forceinline__ uint64_t ranks_of(const DispatchLaunch& p, int t, int end) {
+  constexpr int kAhead = 8;  // loads in flight
+  const auto* words = reinterpret_cast<const uint32_t*>(p.a.ids.row(t));
+  const int step = p.a.wide_ids ? 2 : 1, words_in_row = p.c.top_k * step;
+  uint64_t mask = 0;
+#pragma unroll 1
+  for (int first = 0; first < words_in_row; first += kAhead) {
+    uint32_t word[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      word[k] = t < end && first + k < words_in_row ? words[first + k] : ~0u;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const bool low = (k & (step - 1)) == 0;
+      const bool exists = word[k] < static_cast<uint32_t>(p.c.num_experts) && low &&
+                          (step == 1 || word[k | 1] == 0);
+      if (exists) mask |= uint64_t{1} << owner_of(p.c, word[k]);
+    }
+  }
+  return mask & p.a.active;
+}
+
+// The warps of a block count what the tokens before `first` send, in `part`; the first warp looks
+// at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
+// must follow before the parts are read, none is needed where `first` is 0.
+__device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int first, int last,
+                                                   Route& route) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int stride = blockDim.x;
+  uint64_t tile = 0;
+  int32_t low = 0, high = 0;  // of ranks `lane` and `lane + 32`
+#pragma unroll 1
+  for (int at = (warp - 1) * kWarp; at < first; at += 2 * stride) {
+    const bool own = at < 0;
+    uint64_t a = ranks_of(p, own ? first + lane : at + lane, own ? last : first);
+    const uint64_t b = ranks_of(p, at + stride + lane, first);
+    if (own) {
+      tile = a;
+      a = 0;
+    }
+#pragma unroll 1
+    for (int d = 0; d < p.c.ep_size; ++d) {
+      const int n = __popc(__ballot_sync(kAllLanes, a >> d & 1)) +
+                    __popc(__ballot_sync(kAllLanes, b >> d & 1));
+      if (d == lane) low += n;
+      if (d == lane + kWarp) high += n;
+    }
+  }
+  if (first > 0) {
+    route.part[warp][lane] = low;
+    if (p.c.ep_size > kWarp) route.part[warp][lane + kWarp] = high;
+  }
+  return tile;
+}
+
+// What the tokens before `first` sent to rank d.
+__device__ __forceinline__ int sum_of_parts(const Route& route, int first, int d) {
+  const int warps = min(static_cast<int>(blockDim.x) / kWarp, first / kWarp + 2);
+  int sum = 0;
+  if (first > 0)
+    for (int w = 0; w < warps; ++w) sum += route.part[w][d];
+  return sum;
+}
+
+// One warp gives the tile's tokens their slots. `low` and `high` are what was sent before to ranks
+// `lane` and `lane + 32`, and move on. The combine of this round finds the slots in the context.
+__device__ __forceinline__ void route_tile(const DispatchLaunch& p, int first, int last,
+                                           uint64_t ranks, int32_t& low, int32_t& high,
+                                           Route& route) {
+  const int lane = threadIdx.x % kWarp, t = first + lane;
+  const Context& c = p.c;
+#pragma unroll 1
+  for (int d = 0; d < c.ep_size; ++d) {
+    const unsigned going = __ballot_sync(kAllLanes, ranks >> d & 1);
+    const int before = __shfl_sync(kAllLanes, d < kWarp ? low : high, d % kWarp);
+    const int slot = before + __popc(going & ((1u << lane) - 1));
+    route.slot[lane][d] = slot;
+    if (t < last) c.token_slots[static_cast<int64_t>(t) * c.ep_size + d] = slot;
+    if (d == lane) low += __popc(going);
+    if (d == lane + kWarp) high += __popc(going);
+  }
+  route.ranks[lane] = ranks;
+  if (t < last) c.token_ranks[t] = ranks;
+}
+
+// Slots of one tile after the other, for a whole block.
+struct Tiles {
+  int32_t low = 0, high = 0;  // in the first warp
+
+  // Ends with a barrier. `first_tile`: the earlier tokens are counted too.
+  __device__ __forceinline__ void next(const DispatchLaunch& p, int first, int last,
+                                       bool first_tile, Route& route) {
+    const int lane = threadIdx.x % kWarp;
+    uint64_t ranks = 0;
+    if (first_tile || threadIdx.x < kWarp) {
+      // Later tiles: only the first warp looks, and only at the tile.
+      const int earlier = first_tile ? first : 0;
+      ranks = first_tile ? look_at_tokens(p, first, last, route) : ranks_of(p, first + lane, last);
+      if (earlier > 0) {
+        __syncthreads();
+        if (threadIdx.x < kWarp) {
+          low = sum_of_parts(route, first, lane);
+          if (p.c.ep_size > kWarp) high = sum_of_parts(route, first, lane + kWarp);
+        }
+      }
+    }
+    if (threadIdx.x < kWarp) route_tile(p, first, last, ranks, low, high, route);
+    __syncthreads();
+  }
+};
+
+// A whole block counts all tokens of this rank and announces the counts; also to this rank itself,
+// whose other blocks read them there.
+__device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_t tag,
+                                                Route& route) {
+  const int total = static_cast<int>(p.a.tokens);
+  // Here, and not before the stores, so that it costs no time of its own.
+  if (threadIdx.x < kWarp) fence_acq_rel_sys();
+  if (total > 0) look_at_tokens(p, total, total, route);
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+#pragma unroll 1
+  for (int to = threadIdx.x; to < p.c.ep_size; to += kWarp)
+    if ((p.a.active >> to & 1) != 0)
+      send_header(p.c, tag, p.facts, to, sum_of_parts(route, total, to));
+}
+
+}  // namespace moe_a2a::cuda

@@ -1,0 +1,149 @@
+// What a warp does whose wait is over: survivors tell each other whom they missed, and the host is
+// told. Compiled into every kernel, called by none that goes well.
+#pragma once
+
+#include "wait.cuh"
+
+namespace moe_a2a::cuda {
+
+__device__ inline uint64_t or_over_warp(uint64_t v) {
+  for (int step = kWarp / 2; step > 0; step /= 2) v |= __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+struct Posts {
+  uint64_t posted = 0, missed = 0, accusers = 0, disagree = 0;
+  bool excluded = false;
+};
+
+__device__ inline Posts read_posts(const Context& c, uint64_t active, uint32_t generation) {
+  Posts p;
+  for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
+    if (peer == c.rank) continue;
+    const auto* post = reinterpret_cast<const Post*>(c.control(c.rank, kPost, peer));
+    const uint32_t seen = load_acquire_sys(&post->generation);
+    if (seen > generation) p.excluded = true;
+    if (seen != generation) continue;
+    const auto* words = reinterpret_cast<const volatile Post*>(post);
+    if (words->disagrees != 0) p.disagree |= bit(peer);
+    if ((active >> peer & 1) == 0) continue;
+    const uint64_t missing = words->missing;
+    p.posted |= bit(peer);
+    p.missed |= missing;
+    if ((missing >> c.rank & 1) != 0) p.accusers |= bit(peer);
+  }
+  p.posted = or_over_warp(p.posted);
+  p.missed = or_over_warp(p.missed);
+  p.accusers = or_over_warp(p.accusers);
+  p.disagree = or_over_warp(p.disagree);
+  p.excluded = __any_sync(kAllLanes, p.excluded);
+  return p;
+}
+
+// Also to ranks that this one takes for inactive: they may see that differently.
+__device__ inline void post_to_all(const Context& c, const RoundFacts& facts, uint32_t generation,
+                                   uint64_t missing, bool disagrees) {
+  for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
+    if (peer == c.rank || c.window[peer] == nullptr) continue;
+    auto* post = reinterpret_cast<Post*>(c.control(peer, kPost, c.rank));
+    post->missing = missing;
+    post->disagrees = disagrees;
+    post->facts = facts;
+    store_release_sys(&post->generation, generation);
+  }
+  __syncwarp();
+}
+
+__device__ inline uint64_t missing_ranks(const Context& c, const RoundFacts& facts, uint64_t tag) {
+  uint64_t missing = 0;
+  for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
+    const bool counts = peer != c.rank && (facts.active >> peer & 1) != 0;
+    if (counts && !read_header(c, static_cast<Phase>(facts.phase), tag, peer).fresh)
+      missing |= bit(peer);
+  }
+  return or_over_warp(missing);
+}
+
+__device__ inline void note_last_seen(const Context& c, uint64_t tag) {
+  for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
+    int32_t ago = -1;
+    for (Phase phase : {kDispatch, kCombineOp}) {
+      const auto seen =
+          static_cast<uint32_t>(load_relaxed_sys(header_line(c, phase, c.rank, peer)).lo);
+      const int32_t behind = static_cast<int32_t>(epoch_of(tag) - seen);
+      if (seen != 0 && behind >= 0 && (ago < 0 || behind < ago)) ago = behind;
+    }
+    c.status->operations_ago[peer] = ago;
+  }
+}
+
+static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& facts, Operation op,
+                                            uint64_t start, uint64_t suspects, int disagrees_with) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t taken = lane == 0 ? atomicExch(&c.state->failing, 1u) : 0;
+  if (__shfl_sync(kAllLanes, taken, 0) != 0) return;
+  const uint32_t generation = generation_of(op.tag);
+  const uint64_t self = bit(c.rank);
+  uint64_t missing = missing_ranks(c, facts, op.tag) | (suspects & ~self);
+  Posts posts = read_posts(c, facts.active, generation);
+  StatusKind kind = posts.excluded ? kExcluded : kPeerTimeout;
+  RoundFacts theirs = facts;
+  int peer = disagrees_with;
+  if (peer >= 0) {
+    theirs = read_header(c, static_cast<Phase>(facts.phase), op.tag, peer).facts;
+  } else if (posts.disagree != 0) {
+    peer = __ffsll(posts.disagree) - 1;
+    theirs = reinterpret_cast<const Post*>(c.control(c.rank, kPost, peer))->facts;
+  }
+  if (peer >= 0 && kind == kPeerTimeout) kind = kMismatch;
+  post_to_all(c, facts, generation, kind == kPeerTimeout ? missing : 0, kind == kMismatch);
+  if (kind == kPeerTimeout) {
+    const uint64_t posted_at = nanoseconds();
+    while ((facts.active & ~self & ~posts.posted) != 0 && nanoseconds() - posted_at < kGraceNs)
+      posts = read_posts(c, facts.active, generation);
+    const uint64_t mine = missing;
+    missing = (missing | posts.missed) & ~posts.posted & ~self;
+    if (missing == 0) missing = posts.accusers != 0 ? self : mine;
+  }
+  note_last_seen(c, op.tag);
+  __syncwarp();
+  if (lane == 0) {
+    Status& s = *c.status;
+    s.phase = facts.phase;
+    s.round = op.round;
+    s.peer = peer;
+    s.missing = missing;
+    s.accusers = posts.accusers;
+    s.waited_ns = start == 0 ? 0 : static_cast<int64_t>(nanoseconds() - start);
+    s.mine = facts;
+    s.theirs = theirs;
+    c.state->failed = 1;
+  }
+  __syncwarp();
+  // Lanes wrote parts of the record: each makes its own visible before the word that announces it.
+  __threadfence_system();
+  __syncwarp();
+  if (lane == 0) store_release_sys(&c.status->kind, kind);
+}
+
+// The time, and whether others have given up. A peer's post is looked at only here, so only while
+// this rank lacks something: the peer will send nothing more in this generation.
+static __device__ __noinline__ uint64_t look_around(const Context& c, const RoundFacts& facts,
+                                                    Operation op, uint64_t start,
+                                                    uint64_t suspects) {
+  if (*const_cast<volatile uint32_t*>(&c.state->failing) != 0) return 0;
+  const uint64_t now = nanoseconds();
+  if (start == 0) start = now;
+  const uint32_t generation = generation_of(op.tag);
+  bool posted = false;
+  for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
+    const auto* post = reinterpret_cast<const volatile Post*>(c.control(c.rank, kPost, peer));
+    posted |= post->generation >= generation;
+  }
+  const bool over = now - start > static_cast<uint64_t>(c.timeout_ns);
+  if (!__any_sync(kAllLanes, posted || over)) return start;
+  give_up(c, facts, op, start, suspects, -1);
+  return 0;
+}
+
+}  // namespace moe_a2a::cuda

@@ -1,0 +1,212 @@
+"""``nvlink``: CUDA ranks of one NVLink domain, with one-sided kernels that store to their peers.
+
+Calls launch one kernel each on the caller's current stream and return; nothing here waits for the
+device but `check`, `reset` and the constructor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from moe_a2a._build import cuda_compiler
+from moe_a2a._ops import cuda_library
+from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
+from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
+from moe_a2a.backends.symmetric import open_window
+from moe_a2a.errors import BuildError, MoeA2AError, StateError
+from moe_a2a.lobby import Lobby, StoreBoard
+from moe_a2a.workspace import geometry_numbers, shape_numbers
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from moe_a2a.group import Group
+    from moe_a2a.spec import Spec
+
+__all__ = ["Nvlink"]
+
+_MAX_RANKS = 64  # bits of a mask
+_MISMATCH, _EXCLUDED = 2, 3  # StatusKind of csrc/cuda/context.h
+_STATUS_BYTES = 1024
+
+
+class Nvlink:
+    """One rank's end. See csrc/cuda for the kernels and docs/design.md for the protocol."""
+
+    name: ClassVar[str] = "nvlink"
+    device_types: ClassVar[tuple[str, ...]] = ("cuda",)
+    # Low-latency packets as 128-byte lines, which NVLink delivers whole; else of 16 bytes, as the
+    # memory model promises. Equal on all ranks.
+    lines: ClassVar[bool] = True
+
+    @staticmethod
+    def unusable(spec: Spec | None, group: Group | None) -> str | None:
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device here"
+        if torch.cuda.get_device_capability() < (7, 0):
+            return "needs compute capability 7.0 (16-byte accesses across devices)"
+        try:
+            cuda_compiler()
+        except BuildError as error:
+            return str(error)
+        if spec is not None and spec.ep_size > _MAX_RANKS:
+            return f"ep_size={spec.ep_size}: at most {_MAX_RANKS} ranks"
+        if group is not None and len({facts["host"] for facts in group.facts}) > 1:
+            return "the ranks are on several hosts, or in several pid namespaces of one"
+        return None
+
+    @classmethod
+    def open(cls, opening: Opening) -> Nvlink:
+        with torch.cuda.device(opening.device):
+            return cls(opening)
+
+    def __init__(self, opening: Opening) -> None:
+        spec, group = opening.spec, opening.group
+        self._spec, self._rank, self._timeout = spec, group.rank, opening.timeout
+        self._local, self._device = group.local, opening.device
+        self._index = int(opening.device.index)
+        self._debug = opening.debug
+        problem: MoeA2AError | None = None
+        try:
+            self._library = cuda_library()
+        except MoeA2AError as error:
+            problem = error
+        group.agree(problem)
+        devices = [reply["device"] for reply in group.exchange(self._facts(group))]
+        self._window = open_window(spec.workspace_bytes(), opening.device, group)
+        geometry = geometry_numbers(spec)
+        self._memory = torch.zeros(
+            self._library.local_bytes(geometry), dtype=torch.uint8, device=opening.device
+        )
+        # Written by the device, read by the host at the next call, without waiting for anything.
+        self._status = torch.zeros(_STATUS_BYTES, dtype=torch.uint8).pin_memory()
+        sharers = devices.count(devices[self._rank])
+        self._endpoint: Any = self._library.endpoint_open(
+            geometry,
+            shape_numbers(spec, opening.debug),
+            self._rank,
+            self._window.addresses,
+            self._memory.data_ptr(),
+            self._status.data_ptr(),
+            [self._index, sharers, opening.max_blocks or 0, int(self.lines)],
+            int(opening.timeout * 1e9),
+        )
+        self._views = ReceiveViews(spec, self._window.tensor)
+        self._extras = tuple(enumerate(spec.extra))
+        self._lobby = Lobby(
+            self._rank,
+            StoreBoard(group.store, group.name, self._rank),
+            opening.timeout,
+            "reset",
+            [0] * spec.ep_size,
+        )
+        self._library.restart(self._endpoint, 1, 1, 1, self._stream())
+        # Nobody stores to a window before its owner has cleared it.
+        group.agree(None)
+
+    def _facts(self, group: Group) -> dict[str, object]:
+        uuid = str(torch.cuda.get_device_properties(self._device).uuid)
+        return {"device": uuid, "lines": self.lines}
+
+    def _stream(self) -> int:
+        stream: int = torch._C._cuda_getCurrentRawStream(self._index)
+        return stream
+
+    @property
+    def receive_memory(self) -> tuple[int, int]:
+        first = self._window.tensor.data_ptr()
+        return first, first + self._window.tensor.numel()
+
+    def dispatch(self, call: DispatchCall) -> Views:
+        for index, name in self._extras:
+            self._library.stage_extra(self._endpoint, index, call.extra[name])
+        failed = self._library.dispatch(
+            self._endpoint,
+            call.x,
+            call.scales,
+            call.topk_ids,
+            call.topk_weights,
+            call.counts,
+            call.rows,
+            call.deferred,
+            call.global_scale,
+            self._scale_bits(call.global_scale) if self._debug else 0,
+            signed(call.active),
+            self._stream(),
+        )
+        if failed:
+            raise self._failure()
+        return self._views.of(call.rows, call.deferred)
+
+    def _scale_bits(self, scale: Tensor | None) -> int:
+        if torch.cuda.is_current_stream_capturing():
+            return 0
+        value = torch.ones(()) if scale is None else scale.detach().cpu()
+        return int(value.view(torch.int32).item()) & 0xFFFFFFFF
+
+    def combine(self, y: Tensor, out: Tensor) -> None:
+        if self._library.combine(self._endpoint, y, out, self._stream()):
+            raise self._failure()
+
+    def check(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+        if self._library.failure_kind(self._endpoint):
+            raise self._failure()
+
+    def _failure(self) -> MoeA2AError:
+        record = [int(word) for word in self._library.failure_record(self._endpoint)]
+        kind, phase, round, waited, missing, _, peer = record[:7]
+        if kind == _MISMATCH:
+            mine, theirs = (RoundFacts(*record[at : at + 5]) for at in (7, 12))
+            return mismatch(self._rank, mine, peer, theirs, round)
+        if kind == _EXCLUDED:
+            return StateError(
+                f"round {round} on rank {self._rank}: a reset() of the other ranks has left this "
+                "one out. Only a reset() over all ranks takes it in again."
+            )
+        return peer_timeout(
+            backend=self.name,
+            rank=self._rank,
+            missing=ranks_in(missing % 2**64),
+            phase=phase,
+            round=round,
+            waited=waited / 1e9,
+            limit=self._timeout,
+            operations_ago=record[17:],
+        )
+
+    def reset(self, ranks: int) -> None:
+        """Clears this rank's own memory between two meetings, so at a time when no rank sends.
+
+        Ranks left out must have ended: what one of them may still store is not kept away.
+        """
+        self._drain()
+        epoch, generation, round = (int(n) for n in self._library.position(self._endpoint))
+        members = ranks_in(ranks)
+        notes = self._lobby.meet(members, signed(ranks), epoch, generation)
+        latest = max(note.epoch for note in notes.values())
+        generation = max(note.generation for note in notes.values()) + 1
+        everyone = (1 << self._spec.ep_size) - 1
+        self._library.restart(
+            self._endpoint, (latest + 2) % 2**32 or 1, generation, round, self._stream()
+        )
+        if everyone & ~ranks:
+            self._library.exclude(
+                self._endpoint, signed(everyone & ~ranks), generation, self._stream()
+            )
+        self._lobby.finish(members)
+
+    def _drain(self) -> None:
+        if self._local:  # the streams of other threads are not this rank's to wait for
+            torch.cuda.current_stream(self._device).synchronize()
+        else:
+            torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            self._library.abandon(endpoint)
