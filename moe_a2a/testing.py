@@ -205,6 +205,9 @@ class _Crew:
 
     def __init__(self, size: int, preload: Sequence[str]) -> None:
         start = multiprocessing.get_context("forkserver")
+        # What the server imports asks whether there is a GPU (tvm_ffi does). Asked of the driver,
+        # that starts CUDA there, and no rank forked from it could use CUDA any more.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         start.set_forkserver_preload([*_PRELOAD, *preload])
         # Here, so that it outlives every rank; the port is the system's choice.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -1,6 +1,7 @@
-// Combine of a large round: a few warps of every block push rows into the inboxes of the ranks they
-// came from, raising a flag for each; the others sum what has arrived, token by token, while the
-// rest is on its way. Summing at the end would cost as long as a quarter of the transfer.
+// Combine of a large round. In every block some warps push rows into the inboxes of the ranks they
+// came from, one warp raises the flags of rows that are through, and the others sum what has
+// arrived, token by token, while the rest is on its way: summing at the end would cost as long as a
+// quarter of the transfer.
 #include "finish.cuh"
 #include "launch.h"
 #include "sum.cuh"
@@ -10,8 +11,17 @@ namespace moe_a2a::cuda {
 namespace {
 
 constexpr int kMost = 512;  // threads
-// Few, so that rows are complete one after the other and not all at the end.
-constexpr int kPushWarps = 4;
+// That push: a row at a time, together, so that rows are complete one after the other and not all
+// at the end.
+template <class Row>
+constexpr int kPushWarps = Row::kQuantized ? 8 : 4;
+template <class Row>
+constexpr int kFirstSummer = kPushWarps<Row> + 1;
+
+// How many units of the block each of its pushing warps has behind it; in shared memory.
+struct Progress {
+  uint32_t units[8];
+};
 
 // The tag of a line that carries no data. Only tags are ever stored in this place of a line, so
 // that nothing that a small round left there can look like this round's flag.
@@ -20,20 +30,16 @@ __device__ __forceinline__ uint64_t* flag(const CombineLaunch& p, int owner, int
   return reinterpret_cast<uint64_t*>(line + kLine - 8);
 }
 
-__device__ __forceinline__ int flag_of(const CombineLaunch& p, int slot, int part) {
-  return slot / p.rows_per_flag * p.parts + part;
-}
-
-// Columns of a part: whole steps of a warp.
+// Columns of a part of a row: whole steps of a warp.
 struct Columns {
   int first, last;
-};
 
-__device__ __forceinline__ Columns columns_of(const CombineLaunch& p, int part) {
-  const int steps = (p.c.hidden + kWarpColumns - 1) / kWarpColumns;
-  return {min(steps * part / p.parts * kWarpColumns, p.c.hidden),
-          min(steps * (part + 1) / p.parts * kWarpColumns, p.c.hidden)};
-}
+  __device__ __forceinline__ Columns(const CombineLaunch& p, int part, int parts) {
+    const int steps = (p.c.hidden + kWarpColumns - 1) / kWarpColumns;
+    first = min(steps * part / parts * kWarpColumns, p.c.hidden);
+    last = min(steps * (part + 1) / parts * kWarpColumns, p.c.hidden);
+  }
+};
 
 __device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner, int from,
                                               int slot) {
@@ -41,10 +47,46 @@ __device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner,
          (static_cast<int64_t>(from) * p.c.max_tokens + slot) * p.c.combine_bytes;
 }
 
+// ---- pushing ---------------------------------------------------------------------------------
+
+// What a block pushes: chunks of rows that share a flag, in the order in which the peers sum them.
+// By slot first, a peer after the other, each rank beginning with the one after it.
+struct Units {
+  int chunks = 0, peers;  // of the fullest source
+
+  __device__ __forceinline__ explicit Units(const CombineLaunch& p) : peers(p.c.ep_size - 1) {
+    const Context& c = p.c;
+    uint32_t most = 0;
+    for (int s = threadIdx.x % kWarp; s < c.ep_size; s += kWarp)
+      if (s != c.rank) most = max(most, static_cast<uint32_t>(c.state->received[s]));
+    most = largest_of_lanes<kWarp>(most);
+    chunks = (static_cast<int>(most) + p.rows_per_flag - 1) / p.rows_per_flag;
+  }
+  // Units of this block.
+  __device__ __forceinline__ int count() const {
+    const int all = chunks * peers, block = blockIdx.x, grid = gridDim.x;
+    return (all - block + grid - 1) / grid;
+  }
+};
+
+struct Unit {
+  int source, first, last, flag;  // rows [first, last) of a source
+
+  __device__ __forceinline__ Unit(const CombineLaunch& p, const Units& units, int index) {
+    const Context& c = p.c;
+    const int unit = blockIdx.x + index * gridDim.x;
+    flag = unit / units.peers;
+    source = c.rank + 1 + unit - flag * units.peers;
+    if (source >= c.ep_size) source -= c.ep_size;
+    first = flag * p.rows_per_flag;
+    last = min(first + p.rows_per_flag, c.state->received[source]);
+  }
+};
+
 __device__ __forceinline__ void push_plain(const CombineLaunch& p, const uint8_t* y, uint8_t* inbox,
                                            Columns columns) {
-  constexpr int kAhead = 8;  // loads in flight
-  const int item = static_cast<int>(p.c.combine_bytes) / p.c.hidden, lane = threadIdx.x % kWarp;
+  constexpr int kAhead = 7;  // loads in flight
+  const int item = p.a.scalar == kScalarFp32 ? 4 : 2, lane = threadIdx.x % kWarp;
   const int end = columns.last * item;
 #pragma unroll 1
   for (int at = columns.first * item + lane * 16; at < end; at += kAhead * kWarp * 16) {
@@ -62,8 +104,9 @@ __device__ __forceinline__ void push_quantized(const CombineLaunch& p, const uin
                                                uint8_t* inbox, Columns columns, uint8_t* stage) {
   const Context& c = p.c;
   const int lane = threadIdx.x % kWarp;
-  const QuantizeRow r{y, p.a.scalar, c.combine_wire, c.hidden, c.hidden, 1.0f, {}};
+  const QuantizeRow r(y, p.a.scalar, c.combine_wire, c.hidden, c.hidden, nullptr);
   uint8_t* stage_scales = stage + kStageColumns;
+#pragma unroll 1
   for (int col = columns.first; col < columns.last; col += kStageColumns) {
     const int last = min(col + kStageColumns, columns.last);
     const int first_scale = scale_bytes(c.combine_wire, col);
@@ -76,150 +119,186 @@ __device__ __forceinline__ void push_quantized(const CombineLaunch& p, const uin
   }
 }
 
-// Rows in the order in which the peers sum them: by slot first, a peer after the other, each rank
-// beginning with the one after it.
 template <class Row>
-__device__ __forceinline__ void push_rows(const CombineLaunch& p, uint64_t tag, uint8_t* stage) {
+__device__ __forceinline__ void push_rows(const CombineLaunch& p, Progress& progress,
+                                          uint8_t* stage) {
   const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp, peers = c.ep_size - 1;
-  int most = 0;
-  for (int s = lane; s < c.ep_size; s += kWarp)
-    if (s != c.rank) most = max(most, c.state->received[s]);
-  most = static_cast<int>(largest_of_lanes<kWarp>(most));
-  const int chunks = (most + p.rows_per_flag - 1) / p.rows_per_flag;
-  const int warp = blockIdx.x * kPushWarps + threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const Units units(p);
+  const int count = units.count();
+  const Columns columns(p, warp, kPushWarps<Row>);
 #pragma unroll 1
-  for (int unit = warp; unit < chunks * p.parts * peers; unit += gridDim.x * kPushWarps) {
-    const int index = unit / peers, part = index % p.parts, chunk = index / p.parts;
-    const int source = (c.rank + 1 + unit - index * peers) % c.ep_size;
-    const int first = chunk * p.rows_per_flag;
-    const int last = min(first + p.rows_per_flag, c.state->received[source]);
-    if (first >= last) continue;
-    const Columns columns = columns_of(p, part);
+  for (int index = 0; index < count; ++index) {
+    const Unit unit(p, units, index);
 #pragma unroll 1
-    for (int slot = first; slot < last; ++slot) {
-      const uint8_t* y = p.a.y + source * p.a.source_stride + slot * p.a.row_stride;
-      uint8_t* inbox = inbox_row(p, source, c.rank, slot);
+    for (int slot = unit.first; slot < unit.last; ++slot) {
+      const uint8_t* y = p.a.y + unit.source * p.a.source_stride + slot * p.a.row_stride;
+      uint8_t* inbox = inbox_row(p, unit.source, c.rank, slot);
       if constexpr (Row::kQuantized)
         push_quantized(p, y, inbox, columns, stage);
       else
         push_plain(p, y, inbox, columns);
     }
-    // Release: what the lanes stored, ordered before this lane by the barrier, happens before the
-    // flag.
     __syncwarp();
-    if (lane == 0) store_release_sys(flag(p, source, c.rank, flag_of(p, first, part)), tag);
+    // Release: what the lanes stored, ordered before this lane by the barrier, happens before.
+    if (threadIdx.x % kWarp == 0) store_release_block(&progress.units[warp], index + 1);
   }
 }
 
-// Slots of a token: of ranks `lane` and `lane + 32`.
+// One warp raises the flags of the units that all pushing warps have behind them. A fence for as
+// many as have come to an end since the last one, so that no warp that pushes waits for its stores
+// to arrive.
+template <class Row>
+__device__ __forceinline__ void raise_flags(const CombineLaunch& p, uint64_t tag,
+                                            const Progress& progress) {
+  const int lane = threadIdx.x % kWarp;
+  const Units units(p);
+  const int count = units.count();
+  int raised = 0;
+  while (raised < count) {
+    // Acquire: the stores of the warps happen before the fence, and so before the flags.
+    const uint32_t own = load_acquire_block(&progress.units[lane % kPushWarps<Row>]);
+    const int through = static_cast<int>(__reduce_min_sync(kAllLanes, own));
+    if (through == raised) continue;
+    __syncwarp();  // what one lane has acquired, all have before they fence
+    fence_acq_rel_sys();
+    for (int index = raised + lane; index < through; index += kWarp) {
+      const Unit unit(p, units, index);
+      if (unit.first < unit.last) store_relaxed_sys(flag(p, unit.source, p.c.rank, unit.flag), tag);
+    }
+    raised = through;
+  }
+}
+
+// ---- summing ---------------------------------------------------------------------------------
+
+// Slots of a token: in ranks `lane` and `lane + 32`.
 struct Slots {
   int low, high;
   __device__ __forceinline__ int of(int rank) const {
-    const int a = __shfl_sync(kAllLanes, low, rank % kWarp);
-    const int b = __shfl_sync(kAllLanes, high, rank % kWarp);
-    return rank < kWarp ? a : b;
+    return __shfl_sync(kAllLanes, rank < kWarp ? low : high, rank % kWarp);
   }
 };
 
 // Until the rows of a token have come from all `ranks`: a lane polls the flag of each.
 __device__ __forceinline__ bool await_rows(const CombineLaunch& p, uint64_t ranks,
-                                           const Slots& slots, int part, const Operation& op) {
+                                           const Slots& slots, const Operation& op) {
   Wait wait;
   const int lane = threadIdx.x % kWarp;
   const auto here = [&](int rank, int slot) {
-    return (ranks >> rank & 1) == 0 || rank == p.c.rank ||
-           load_acquire_sys(flag(p, p.c.rank, rank, flag_of(p, slot, part))) == op.tag;
+    if (rank >= p.c.ep_size || (ranks >> rank & 1) == 0 || rank == p.c.rank) return true;
+    return load_acquire_sys(flag(p, p.c.rank, rank, slot / p.rows_per_flag)) == op.tag;
   };
   bool low = false, high = p.c.ep_size <= kWarp;
   for (;;) {
-    low = low || lane >= p.c.ep_size || here(lane, slots.low);
-    high = high || lane + kWarp >= p.c.ep_size || here(lane + kWarp, slots.high);
+    low = low || here(lane, slots.low);
+    high = high || here(lane + kWarp, slots.high);
     const unsigned missing = __ballot_sync(kAllLanes, !low);
     const unsigned missing_high = __ballot_sync(kAllLanes, !high);
-    if ((missing | missing_high) == 0) return true;
+    if ((missing | missing_high) == 0) break;
     __nanosleep(100);  // hundreds of warps wait while rows arrive, and their polls take bandwidth
     if (!keep_waiting(p.c, p.facts, op, wait,
                       missing | static_cast<uint64_t>(missing_high) << kWarp))
       return false;
   }
+  __syncwarp();  // what a lane has acquired, all lanes may read
+  return true;
 }
 
+constexpr int kAhead = 4;  // steps whose loads are in flight
+
+// Adds a row from memory: an inbox row, or, unquantized, one of y.
 template <class Row>
-__device__ __forceinline__ typename Row::Loaded load_row(const CombineLaunch& p, int rank, int slot,
-                                                         int col, bool inside) {
-  const Context& c = p.c;
-  if (rank != c.rank)
-    return inside ? Row::load({inbox_row(p, c.rank, rank, slot), c.hidden}, col)
-                  : typename Row::Loaded{};
-  const uint8_t* y = p.a.y + rank * p.a.source_stride + slot * p.a.row_stride;
-  if constexpr (Row::kQuantized) {
-    float v[kColumns] = {};
-    if (inside) load_columns(y, p.a.scalar, col, v);
-    return Row::quantize(v);
-  } else {
-    return inside ? Row::load({y, c.hidden}, col) : typename Row::Loaded{};
+__device__ __forceinline__ void add_row(const InboxRow& row, int first, int last,
+                                        float (&sum)[kAhead][kColumns]) {
+  typename Row::Loaded loaded[kAhead] = {};
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u)
+    if (first + u * kWarpColumns < last) loaded[u] = Row::load(row, first + u * kWarpColumns);
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) Row::add(loaded[u], sum[u]);
+}
+
+// Adds the rank's own row of y, quantized and decoded like everyone's.
+template <class Row>
+__device__ __forceinline__ void add_own_row(const uint8_t* y, int scalar, int first, int last,
+                                            float (&sum)[kAhead][kColumns]) {
+  RawColumns raw[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u)
+    if (first + u * kWarpColumns < last) raw[u] = load_columns(y, scalar, first + u * kWarpColumns);
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    float v[kColumns];
+    decode_columns(raw[u], scalar, v);
+    Row::add(Row::quantize(v), sum[u]);
   }
 }
 
 template <class Row>
 __device__ __forceinline__ void sum_columns(const CombineLaunch& p, int token, uint64_t all,
                                             const Slots& slots, Columns columns) {
-  constexpr int kAhead = 4;  // steps whose loads are in flight
-  const int lane = threadIdx.x % kWarp;
+  const Context& c = p.c;
   uint8_t* out = p.a.out + token * p.a.out_stride;
 #pragma unroll 1
-  for (int first = columns.first; first < columns.last; first += kAhead * kWarpColumns) {
+  for (int step = columns.first; step < columns.last; step += kAhead * kWarpColumns) {
+    const int first = step + static_cast<int>(threadIdx.x % kWarp) * kColumns;
     float sum[kAhead][kColumns] = {};
 #pragma unroll 1
     for (uint64_t ranks = all; ranks != 0; ranks &= ranks - 1) {
       const int rank = __ffsll(ranks) - 1, slot = slots.of(rank);
-      typename Row::Loaded loaded[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int col = first + u * kWarpColumns + lane * kColumns;
-        loaded[u] = load_row<Row>(p, rank, slot, col, col < columns.last);
+      const bool own = rank == c.rank;
+      const uint8_t* y = p.a.y + rank * p.a.source_stride + slot * p.a.row_stride;
+      if constexpr (Row::kQuantized) {
+        if (own) {
+          add_own_row<Row>(y, p.a.scalar, first, columns.last, sum);
+          continue;
+        }
       }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) Row::add(loaded[u], sum[u]);
+      const uint8_t* row = own ? y : inbox_row(p, c.rank, rank, slot);
+      add_row<Row>({row, c.hidden}, first, columns.last, sum);
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int col = first + u * kWarpColumns + lane * kColumns;
-      if (col < columns.last) store_sums(out, p.a.scalar, col, sum[u]);
-    }
+    for (int u = 0; u < kAhead; ++u)
+      if (first + u * kWarpColumns < columns.last)
+        store_sums(out, p.a.scalar, first + u * kWarpColumns, sum[u]);
   }
 }
 
 template <class Row>
-__device__ __forceinline__ bool sum_rows(const CombineLaunch& p, const Operation& op) {
-  const int lane = threadIdx.x % kWarp, sum_warps = blockDim.x / kWarp - kPushWarps;
-  const int warp = blockIdx.x * sum_warps + threadIdx.x / kWarp - kPushWarps;
+__device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation& op) {
+  const int lane = threadIdx.x % kWarp, summers = blockDim.x / kWarp - kFirstSummer<Row>;
+  const int warp = blockIdx.x * summers + threadIdx.x / kWarp - kFirstSummer<Row>;
   const Context& c = p.c;
 #pragma unroll 1
-  for (int unit = warp; unit < p.tokens * p.parts; unit += gridDim.x * sum_warps) {
-    const int token = unit / p.parts, part = unit - token * p.parts;
+  for (int unit = warp; unit < p.tokens * p.parts; unit += gridDim.x * summers) {
+    const int token = unit / p.parts;
     const uint64_t ranks = c.token_ranks[token];
     const int32_t* row = c.token_slots + static_cast<int64_t>(token) * c.ep_size;
     const Slots slots{lane < c.ep_size ? row[lane] : 0,
                       lane + kWarp < c.ep_size ? row[lane + kWarp] : 0};
-    if (!await_rows(p, ranks, slots, part, op)) return false;
-    sum_columns<Row>(p, token, ranks, slots, columns_of(p, part));
+    if (!await_rows(p, ranks, slots, op)) return;
+    sum_columns<Row>(p, token, ranks, slots, Columns(p, unit - token * p.parts, p.parts));
   }
-  return true;
 }
 
 template <class Row>
 __global__ void __launch_bounds__(kMost, 1) combine_bulk(const __grid_constant__ CombineLaunch p) {
-  __shared__ __align__(16) uint8_t stage[Row::kQuantized ? kPushWarps * kStageBytes : 16];
+  __shared__ __align__(16) uint8_t stage[Row::kQuantized ? kPushWarps<Row> * kStageBytes : 16];
+  __shared__ Progress progress;
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x < 8) progress.units[threadIdx.x] = 0;
+  __syncthreads();
   const Operation op = begin(p.c, kCombineOp);
   if (op.dead) return;
-  const int warp = threadIdx.x / kWarp;
-  if (blockIdx.x == 0 && warp == kPushWarps) send_combine_headers(p, op.tag);
-  if (warp < kPushWarps) {
-    push_rows<Row>(p, op.tag, stage + (Row::kQuantized ? warp * kStageBytes : 0));
-  } else if (sum_rows<Row>(p, op)) {
-    if (blockIdx.x == 0 && warp == kPushWarps) finish_combine(p, op);
+  if (warp < kPushWarps<Row>) {
+    push_rows<Row>(p, progress, stage + (Row::kQuantized ? warp * kStageBytes : 0));
+  } else if (warp > kPushWarps<Row>) {
+    sum_rows<Row>(p, op);
+  } else {
+    if (blockIdx.x == 0) send_combine_headers(p, op.tag);
+    raise_flags<Row>(p, op.tag, progress);
+    if (blockIdx.x == 0) finish_combine(p, op);
   }
 }
 

@@ -18,69 +18,48 @@ __device__ __forceinline__ Chunk* packet_at(const CombineLaunch& p, int owner, i
   return reinterpret_cast<Chunk*>(inbox + static_cast<int64_t>(slot) * p.pitch + at);
 }
 
-// Rows that came from other ranks, one after the other: a lane has how many those up to it sent.
+// A run of a row that may have come from another rank.
 struct Outgoing {
-  int through_low, through_high;  // ranks up to `lane`, and up to `lane + 32`
+  int source, slot, strip;
 
-  static __device__ __forceinline__ int sum_below(int value) {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int below = __shfl_up_sync(kAllLanes, value, step);
-      if (lane >= step) value += below;
-    }
-    return value;
-  }
-  __device__ __forceinline__ explicit Outgoing(const Context& c) {
-    const int lane = threadIdx.x % kWarp;
-    const auto rows = [&](int source) {
-      return source < c.ep_size && source != c.rank ? c.state->received[source] : 0;
-    };
-    through_low = sum_below(rows(lane));
-    through_high = 0;
-    if (c.ep_size > kWarp)
-      through_high = __shfl_sync(kAllLanes, through_low, kWarp - 1) + sum_below(rows(lane + kWarp));
-  }
-  __device__ __forceinline__ int total(const Context& c) const {
-    return __shfl_sync(kAllLanes, c.ep_size > kWarp ? through_high : through_low, kWarp - 1);
-  }
-  // The source of a row, which becomes its slot.
-  __device__ __forceinline__ int source_of(const Context& c, int& row) const {
-    const unsigned low = __ballot_sync(kAllLanes, through_low <= row);
-    int source = __popc(low), before = 0;
-    if (source > 0) before = __shfl_sync(kAllLanes, through_low, source - 1);
-    if (c.ep_size > kWarp && source == kWarp) {
-      source += __popc(__ballot_sync(kAllLanes, through_high <= row));
-      if (source > kWarp) before = __shfl_sync(kAllLanes, through_high, source - kWarp - 1);
-    }
-    row -= before;
-    return source;
+  __device__ __forceinline__ Outgoing(const CombineLaunch& p, int index, int run) {
+    const int row = index / p.by_runs, peer = row / p.by_rows;
+    strip = (index - row * p.runs) * run;
+    slot = row - peer * p.max_rows;
+    source = p.c.rank + 1 + peer;
+    if (source >= p.c.ep_size) source -= p.c.ep_size;
   }
 };
 
+// The first run of a warp is loaded before it is known to hold a row: what is past the counts is
+// memory of y all the same, and goes nowhere.
 template <class Packet, int kRun>
 __device__ __forceinline__ void push_rows(const CombineLaunch& p, const Operation& op, int movers) {
   const Context& c = p.c;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const Outgoing out(c);
-  if (op.dead) return;  // what was received is not known
-  const int total = out.total(c) * p.runs, bytes = static_cast<int>(c.combine_bytes);
+  const int total = (c.ep_size - 1) * p.max_rows * p.runs;
+  const int bytes = static_cast<int>(c.combine_bytes);
+  bool first = true;
 #pragma unroll 1
   for (int index = blockIdx.x * warps + threadIdx.x / kWarp; index < total;
        index += movers * warps) {
-    int slot = index / p.by_runs;
-    const int strip = (index - slot * p.runs) * kRun, source = out.source_of(c, slot);
-    const int offset = strip * 2 * Packet::kData + Packet::offset(lane);
-    const int at = strip * static_cast<int>(kStrip) + lane * 16;
-    const uint8_t* y = p.a.y + source * p.a.source_stride + slot * p.a.row_stride + offset;
-    Chunk* inbox = packet_at(p, source, c.rank, slot, at);
+    const Outgoing out(p, index, kRun);
+    const int count = c.state->received[out.source];
+    const bool exists = out.slot < count;
+    if (!first && !exists) continue;
+    first = false;
+    const int offset = out.strip * 2 * Packet::kData + Packet::offset(lane);
+    const int at = out.strip * static_cast<int>(kStrip) + lane * 16;
+    const uint8_t* y = p.a.y + out.source * p.a.source_stride + out.slot * p.a.row_stride + offset;
     Chunk data[kRun];
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
       const int from = u * 2 * Packet::kData,
-                count = min(Packet::bytes(lane), bytes - offset - from);
-      data[u] = count > 0 ? load_bytes(y + from, count) : Chunk{0, 0};
+                left = min(Packet::bytes(lane), bytes - offset - from);
+      data[u] = left > 0 ? load_bytes(y + from, left) : Chunk{0, 0};
     }
+    if (op.dead || !exists) continue;
+    Chunk* inbox = packet_at(p, out.source, c.rank, out.slot, at);
 #pragma unroll
     for (int u = 0; u < kRun; ++u)
       if (at + u * static_cast<int>(kStrip) < p.pitch)
@@ -177,14 +156,14 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
 template <class Packet, int kScalar, int kRun>
 __global__ void __launch_bounds__(kMost, 1)
     combine_packets(const __grid_constant__ CombineLaunch p) {
-  const Operation op = begin(p.c, kCombineOp);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
   const int last = gridDim.x - 1, movers = max(last, 1);
   const bool finishes = static_cast<int>(blockIdx.x) == last && warp == 0;
+  const int stride = movers * warps, total = p.tokens * p.runs;
+  int index = blockIdx.x * warps + warp, token = index / p.by_runs;
+  const Operation op = begin(p.c, kCombineOp);
   if (finishes && !op.dead) send_combine_headers(p, op.tag);
   if (static_cast<int>(blockIdx.x) < movers) {
-    const int stride = movers * warps, total = p.tokens * p.runs;
-    int index = blockIdx.x * warps + warp, token = index / p.by_runs;
     Places places(p.c, token, index < total);  // known by the time that the rows are on their way
     push_rows<Packet, kRun>(p, op, movers);
     if (op.dead) return;

@@ -43,19 +43,19 @@ struct alignas(kLine) Status {
   int32_t operations_ago[kMaxRanks];  // since each rank was last seen, -1 for never
 };
 
-// n / d as a product, exact where n * d < 2^32: every use says why it is.
+// n / d as a product, exact where n * d < 2^31: every use says why it is.
 struct FastDivisor {
-  uint32_t magic = 0;  // 0 stands for d = 1
+  uint32_t magic;
 };
 
 inline FastDivisor fast_divisor(int64_t divisor) {
-  if (divisor <= 1) return {0};
-  return {static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint64_t>(divisor) + 1)};
+  const uint64_t d = divisor < 1 ? 1 : static_cast<uint64_t>(divisor);
+  return {static_cast<uint32_t>((uint64_t{1} << 31) / d + 1)};
 }
 
 #if defined(__CUDACC__)
 __device__ __forceinline__ uint32_t operator/(uint32_t n, const FastDivisor& f) {
-  return f.magic != 0 ? __umulhi(n, f.magic) : n;
+  return __umulhi(2 * n, f.magic);
 }
 #endif
 
@@ -81,7 +81,7 @@ struct Context {
   int32_t invalid_id, wire, combine_wire;
   int32_t larger_end;  // experts below it live on ranks that own one more than the others
   int32_t larger_ranks;
-  FastDivisor larger, smaller;  // experts per rank; there are fewer than 2^16
+  FastDivisor larger, smaller;  // experts per rank; there are fewer than 2^15
   bool scrub_all, debug;
 
   MOE_HD uint8_t* control(int owner, ControlRow row, int source) const {
@@ -100,7 +100,7 @@ struct DispatchLaunch {
   int32_t runs;   // of strips, in a row
   int32_t share;  // of a block: runs, or tokens in bulk
   int32_t parts;  // that a row is split into, in bulk
-  // In packets: an inbox holds at most 2^17 strips, a peer's part of it 2^14.
+  // In packets: an inbox holds fewer than 2^17 strips, a peer's part of it 2^14.
   FastDivisor by_runs, by_rows;
   RoundFacts facts;
 };
@@ -111,10 +111,11 @@ struct CombineLaunch {
   CombineArgs a;
   int32_t tokens, max_rows;
   int32_t pitch, runs;  // bytes and runs of strips of a row in the inbox
-  FastDivisor by_runs;
-  int32_t parts, rows_per_flag;  // in bulk
-  int64_t flags;                 // offset of the first source's flags in a window
-  int64_t flags_per_source;      // bytes
+  FastDivisor by_runs, by_rows;
+  int32_t parts;  // that a token is summed in, in bulk
+  int32_t rows_per_flag;
+  int64_t flags;             // offset of the first source's flags in a window
+  int64_t flags_per_source;  // bytes
   RoundFacts facts;
 };
 

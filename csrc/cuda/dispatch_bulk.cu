@@ -13,29 +13,48 @@ constexpr int kMost = 512;  // threads
 constexpr int kWarps = kMost / kWarp;
 constexpr int kStepBytes = kWarp * 16;
 
-// A part of token t's row: every `parts`-th run of the payload, the last one also the rest.
-struct Part {
-  int t, index;
-  uint64_t ranks;
-  const int32_t* slot;
+// The tile of tokens that a block is at. Its slots are found when the first warp asks for them, by
+// then with data in its hands: every warp asks, once a tile at least, since there is a barrier.
+struct Tile {
+  const DispatchLaunch& p;
+  Route& route;
+  Tiles& tiles;
+  int first, last;
+  bool is_first, found = false;
+
+  __device__ __forceinline__ void find() {
+    if (!found) tiles.next(p, first, last, is_first, route);
+    found = true;
+  }
 };
 
-// fn(rank, row there) for each rank of the token.
+// A part of a token's row: a run of the payload, never empty; the last one also has the rest.
+struct Part {
+  int t, in_tile, index;
+};
+
+// fn(rank, row there) for each rank of the token; this one last, which has no way to go.
 template <class F>
-__device__ __forceinline__ void for_each_row(const DispatchLaunch& p, const Part& part, F fn) {
+__device__ __forceinline__ void for_each_row(const Tile& tile, int in_tile, F fn) {
+  const DispatchLaunch& p = tile.p;
+  const uint64_t self = bit(p.c.rank);
 #pragma unroll 1
-  for (uint64_t ranks = part.ranks; ranks != 0; ranks &= ranks - 1) {
-    const int to = __ffsll(ranks) - 1;
-    fn(to, p.c.rank * p.a.max_rows + part.slot[to]);
+  for (uint64_t left = tile.route.ranks[in_tile]; left != 0;) {
+    const uint64_t remote = left & ~self;
+    const int to = __ffsll(remote != 0 ? remote : left) - 1;
+    left &= ~bit(to);
+    fn(to, p.c.rank * p.a.max_rows + tile.route.slot[in_tile][to]);
   }
 }
 
 // From byte `first` of the image to its end, small pieces all.
-__device__ __forceinline__ void send_rest(const DispatchLaunch& p, const Part& part, int first) {
-  const int lane = threadIdx.x % kWarp;
-  for (int at = first + lane * 16; at < p.image_bytes; at += kStepBytes) {
+__device__ __forceinline__ void send_rest(Tile& tile, const Part& part, int first) {
+  const DispatchLaunch& p = tile.p;
+#pragma unroll 1
+  for (int at = first + static_cast<int>(threadIdx.x % kWarp) * 16; at < p.image_bytes;
+       at += kStepBytes) {
     const Chunk data = load_image(p, part.t, at, 16);
-    for_each_row(p, part,
+    for_each_row(tile, part.in_tile,
                  [&](int to, int64_t row) { store_image(p, to, row, at, 16, data, false); });
   }
 }
@@ -44,8 +63,9 @@ __device__ __forceinline__ void send_rest(const DispatchLaunch& p, const Part& p
 struct Direct {
   static constexpr int kStage = 0;  // bytes a warp
 
-  static __device__ __forceinline__ void send(const DispatchLaunch& p, const Part& part, uint8_t*) {
+  static __device__ __forceinline__ void send(Tile& tile, const Part& part, uint8_t*) {
     constexpr int kAhead = 7;  // loads in flight
+    const DispatchLaunch& p = tile.p;
     const int lane = threadIdx.x % kWarp, bytes = p.segment[kSegmentPayload].bytes;
     const int steps = (bytes + kStepBytes - 1) / kStepBytes;
     const int from = steps * part.index / p.parts, to_step = steps * (part.index + 1) / p.parts;
@@ -59,7 +79,8 @@ struct Direct {
         if (step + u < to_step && at < bytes)
           data[u] = load_bytes(source + at, min(16, bytes - at));
       }
-      for_each_row(p, part, [&](int to, int64_t row) {
+      tile.find();
+      for_each_row(tile, part.in_tile, [&](int to, int64_t row) {
         uint8_t* target = p.c.window[to] + p.c.payload + row * bytes;
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
@@ -69,7 +90,7 @@ struct Direct {
         }
       });
     }
-    if (part.index == p.parts - 1) send_rest(p, part, p.segment[kSegmentScales].image);
+    if (part.index == p.parts - 1) send_rest(tile, part, p.segment[kSegmentScales].image);
   }
 };
 
@@ -77,45 +98,36 @@ struct Direct {
 struct Quantized {
   static constexpr int kStage = kStageBytes;
 
-  static __device__ __forceinline__ void send(const DispatchLaunch& p, const Part& part,
-                                              uint8_t* stage) {
+  static __device__ __forceinline__ void send(Tile& tile, const Part& part, uint8_t* stage) {
+    const DispatchLaunch& p = tile.p;
     const Context& c = p.c;
     const int lane = threadIdx.x % kWarp, wire = p.a.wire;
-    QuantizeRow r{p.a.payload.row(part.t),
-                  p.a.input,
-                  wire,
-                  c.hidden,
-                  c.padded,
-                  p.global_scale == nullptr ? 1.0f : *p.global_scale,
-                  {}};
-    if (wire == kFp8) {
-      r.row_scale = fp8_scale(largest_of_columns(r.data, r.scalar, 0, c.hidden));
-      if (part.index == 0 && lane == 0) {
-        for_each_row(p, part, [&](int to, int64_t row) {
-          *reinterpret_cast<float*>(c.window[to] + c.scales + row * 4) = r.row_scale.scale;
-        });
-      }
-    }
+    QuantizeRow r(p.a.payload.row(part.t), p.a.input, wire, c.hidden, c.padded, p.global_scale);
+    if (wire == kFp8) r.row_scale = fp8_scale(largest_of_columns(r.data, r.scalar, 0, c.hidden));
     const int steps = (c.padded + kWarpColumns - 1) / kWarpColumns;
     const int from = steps * part.index / p.parts * kWarpColumns;
     const int end = min(steps * (part.index + 1) / p.parts * kWarpColumns, c.padded);
     const int codes = p.segment[kSegmentPayload].bytes, scales = p.segment[kSegmentScales].bytes;
+    uint8_t* stage_scales = stage + kStageColumns;
+#pragma unroll 1
     for (int col = from; col < end; col += kStageColumns) {
       const int last = min(col + kStageColumns, end);
       const int first_code = code_bytes(wire, col), first_scale = scale_bytes(wire, col);
-      uint8_t* stage_scales = stage + kStageColumns;
       quantize_columns<4>(r, col, last, stage - first_code, stage_scales - first_scale);
       __syncwarp();
-      for_each_row(p, part, [&](int to, int64_t row) {
+      tile.find();
+      for_each_row(tile, part.in_tile, [&](int to, int64_t row) {
         copy_bytes(c.window[to] + c.payload + row * codes + first_code, stage,
                    code_bytes(wire, last) - first_code, lane);
         if (wire != kFp8)
           copy_bytes(c.window[to] + c.scales + row * scales + first_scale, stage_scales,
                      scale_bytes(wire, last) - first_scale, lane);
+        else if (part.index == 0 && lane == 0)
+          *reinterpret_cast<float*>(c.window[to] + c.scales + row * 4) = r.row_scale.scale;
       });
       __syncwarp();
     }
-    if (part.index == p.parts - 1) send_rest(p, part, p.segment[kSegmentIds].image);
+    if (part.index == p.parts - 1) send_rest(tile, part, p.segment[kSegmentIds].image);
   }
 };
 
@@ -126,16 +138,14 @@ __device__ __forceinline__ void send_rows(const DispatchLaunch& p, Route& route,
   const int last = min(first + p.share, total);
   Tiles tiles;
 #pragma unroll 1
-  for (int tile = first; tile < last; tile += kTile) {
-    const int end = min(tile + kTile, last);
-    tiles.next(p, tile, end, tile == first, route);
+  for (int begins = first; begins < last; begins += kTile) {
+    Tile tile{p, route, tiles, begins, min(begins + kTile, last), begins == first};
 #pragma unroll 1
-    for (int item = threadIdx.x / kWarp; item < (end - tile) * p.parts; item += warps) {
+    for (int item = threadIdx.x / kWarp; item < (tile.last - begins) * p.parts; item += warps) {
       const int in_tile = item / p.parts;
-      const Part part{tile + in_tile, item - in_tile * p.parts, route.ranks[in_tile],
-                      route.slot[in_tile]};
-      Source::send(p, part, stage);
+      Source::send(tile, {begins + in_tile, in_tile, item - in_tile * p.parts}, stage);
     }
+    tile.find();
     __syncthreads();  // the next tile overwrites the slots
   }
 }

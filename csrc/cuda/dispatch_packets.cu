@@ -4,28 +4,13 @@
 #include "finish.cuh"
 #include "launch.h"
 #include "quantize.cuh"
-#include "row.cuh"
+#include "receive.cuh"
 #include "wait_failed.cuh"
 
 namespace moe_a2a::cuda {
 namespace {
 
 constexpr int kMost = 512;  // threads
-
-// The strips of a row that a warp moves in one go.
-template <class Packet, int kRun>
-struct Run {
-  int strip;  // the first
-
-  static __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
-  // In the row's image, and in its packets.
-  __device__ __forceinline__ int offset(int u) const {
-    return (strip + u) * 2 * Packet::kData + Packet::offset(lane());
-  }
-  __device__ __forceinline__ int at(int u) const {
-    return (strip + u) * static_cast<int>(kStrip) + lane() * 16;
-  }
-};
 
 template <class Packet, int kRun>
 __device__ __forceinline__ void send_run(const DispatchLaunch& p, uint64_t tag, const Route& route,
@@ -122,13 +107,7 @@ struct Staged {
                                                     uint8_t* image) {
     const Context& c = p.c;
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-    QuantizeRow r{p.a.payload.row(t),
-                  p.a.input,
-                  p.a.wire,
-                  c.hidden,
-                  c.padded,
-                  p.global_scale == nullptr ? 1.0f : *p.global_scale,
-                  {}};
+    QuantizeRow r(p.a.payload.row(t), p.a.input, p.a.wire, c.hidden, c.padded, p.global_scale);
     uint8_t* scales = image + p.segment[kSegmentScales].image;
     if (p.a.wire == kFp8) {
       r.row_scale = row_scale(p, r.data);
@@ -173,70 +152,6 @@ struct Staged {
   }
 };
 
-// Counts of the sources, as far as they have come: a lane has those of ranks `lane`, `lane + 32`.
-struct Counts {
-  int low = -1, high = -1;
-
-  static __device__ __forceinline__ int look(const DispatchLaunch& p, uint64_t tag, int source) {
-    if (source >= p.c.ep_size || (p.a.active >> source & 1) == 0) return 0;
-    return read_count(p.c, tag, source);
-  }
-  __device__ __forceinline__ int of(const DispatchLaunch& p, uint64_t tag, int source) {
-    const int lane = threadIdx.x % kWarp;
-    if (low < 0) low = look(p, tag, lane);
-    if (source < kWarp) return __shfl_sync(kAllLanes, low, source);
-    if (high < 0) high = look(p, tag, lane + kWarp);
-    return __shfl_sync(kAllLanes, high, source - kWarp);
-  }
-};
-
-// Runs of rows that may come, a warp one after the other: unpacked, or scrubbed as padding.
-template <class Packet, int kRun>
-__device__ __forceinline__ void receive_rows(const DispatchLaunch& p, const Operation& op,
-                                             int movers) {
-  const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const int total = c.ep_size * static_cast<int>(p.a.max_rows) * p.runs;
-  Counts counts;
-  Wait wait;
-#pragma unroll 1
-  for (int index = blockIdx.x * warps + threadIdx.x / kWarp; index < total;
-       index += movers * warps) {
-    const int row = index / p.by_runs, source = row / p.by_rows;
-    const int slot = row - source * static_cast<int>(p.a.max_rows);
-    const Run<Packet, kRun> run{(index - row * p.runs) * kRun};
-    const bool silent = source == c.rank || (p.a.active >> source & 1) == 0;
-    // Nothing comes there but, perhaps, the ids of padding.
-    if (silent && !c.scrub_all &&
-        (run.strip + kRun) * 2 * Packet::kData <= p.segment[kSegmentIds].image)
-      continue;
-    const uint8_t* inbox = c.window[c.rank] + c.dispatch_inbox + source * c.dispatch_peer_bytes +
-                           static_cast<int64_t>(slot) * p.pitch;
-    for (;;) {
-      Chunk data[kRun];
-      bool fresh = true;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        if (!silent && run.at(u) < p.pitch)
-          data[u] = load_relaxed_sys(reinterpret_cast<const Chunk*>(inbox + run.at(u)));
-      const int count = counts.of(p, op.tag, source);
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        if (run.at(u) < p.pitch) fresh = fresh && Packet::fresh(data[u], op.tag, lane);
-      const bool padding = count >= 0 && slot >= count;
-      if (padding || (!silent && __all_sync(kAllLanes, fresh))) {
-#pragma unroll
-        for (int u = 0; u < kRun; ++u)
-          store_image(p, c.rank, source * p.a.max_rows + slot, run.offset(u), Packet::bytes(lane),
-                      data[u], padding);
-        break;
-      }
-      if (silent && count >= 0) break;  // a row of its own, stored by its sender
-      if (!keep_waiting(c, p.facts, op, wait, bit(source))) return;
-    }
-  }
-}
-
 template <class Packet, template <class, int> class Source, int kRun>
 __global__ void __launch_bounds__(kMost, 1)
     dispatch_packets(const __grid_constant__ DispatchLaunch p) {
@@ -248,25 +163,18 @@ __global__ void __launch_bounds__(kMost, 1)
   if (moves) Source<Packet, kRun>::send(p, op, route);
   if (op.dead) return;
   if (finishes) announce_counts(p, op.tag, route);
-  if (moves) receive_rows<Packet, kRun>(p, op, movers);
+  if (moves) receive_rows<Packet, kRun>(p, op, movers, Counts{});
   if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, false);
 }
 
 }  // namespace
 
-const void* dispatch_packets_kernel(bool lines, bool staged, int run) {
+const void* dispatch_packets_kernel(bool lines, bool staged) {
   if (!lines)
     return staged ? reinterpret_cast<const void*>(dispatch_packets<Packet16, Staged, 1>)
                   : reinterpret_cast<const void*>(dispatch_packets<Packet16, Direct, 1>);
-  if (staged) return reinterpret_cast<const void*>(dispatch_packets<Line128, Staged, 1>);
-  switch (run) {
-    case 1:
-      return reinterpret_cast<const void*>(dispatch_packets<Line128, Direct, 1>);
-    case 2:
-      return reinterpret_cast<const void*>(dispatch_packets<Line128, Direct, 2>);
-    default:
-      return reinterpret_cast<const void*>(dispatch_packets<Line128, Direct, 4>);
-  }
+  return staged ? reinterpret_cast<const void*>(dispatch_packets<Line128, Staged, 1>)
+                : reinterpret_cast<const void*>(dispatch_packets<Line128, Direct, 2>);
 }
 
 }  // namespace moe_a2a::cuda

@@ -82,8 +82,10 @@ int64_t strips_of(int64_t pitch) { return (pitch + 2 * kCell - 1) / (2 * kCell);
 
 const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
   const bool staged = p.a.input >= 0;
+  const bool small =
+      !staged && e.options.lines && p.a.tokens <= kSmallTokens && e.geometry.ep_size <= kSmallRanks;
   const int64_t strips = strips_of(p.pitch);
-  const int run = staged ? 1 : run_of(e, p.a.max_rows * strips);
+  const int run = small ? run_of(e, p.a.max_rows * strips) : staged || !e.options.lines ? 1 : 2;
   p.runs = static_cast<int32_t>((strips + run - 1) / run);
   Grid grid = packets_grid(e, p.a.max_rows * p.runs);
   const int blocks = movers(grid.blocks);
@@ -94,7 +96,9 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
   }
   p.by_runs = fast_divisor(p.runs);
   p.by_rows = fast_divisor(p.a.max_rows);
-  return launch(e, dispatch_packets_kernel(e.options.lines, staged, run), grid, &p, stream);
+  const void* kernel =
+      small ? dispatch_small_kernel(run) : dispatch_packets_kernel(e.options.lines, staged);
+  return launch(e, kernel, grid, &p, stream);
 }
 
 const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
@@ -123,8 +127,6 @@ void lay_out_flags(const Endpoint& e, CombineLaunch& p) {
     p.flags = (1 + static_cast<int64_t>(kBlocks) * e.geometry.ep_size) * kLine;
     p.flags_per_source = kLine;
   }
-  p.parts = 1;
-  while (p.parts < 8 && rows * p.parts * 2 <= std::min<int64_t>(lines, 1024)) p.parts *= 2;
   p.rows_per_flag = static_cast<int32_t>((rows + lines - 1) / lines);
 }
 
@@ -153,12 +155,12 @@ void own_experts(Context& c, const Geometry& g) {
 const char* load_kernels() {
   std::vector<const void*> kernels = {dispatch_bulk_kernel(false), dispatch_bulk_kernel(true)};
   for (bool lines : {false, true})
-    for (int run : {1, 2, 4}) {
-      for (bool staged : {false, true})
-        kernels.push_back(dispatch_packets_kernel(lines, staged, run));
-      for (int wire : {kBf16, kFp16, kFp32})
-        kernels.push_back(combine_packets_kernel(lines, wire, run));
-    }
+    for (bool staged : {false, true}) kernels.push_back(dispatch_packets_kernel(lines, staged));
+  for (int run : {1, 2, 4}) {
+    kernels.push_back(dispatch_small_kernel(run));
+    for (int wire : {kBf16, kFp16, kFp32})
+      for (bool lines : {false, true}) kernels.push_back(combine_packets_kernel(lines, wire, run));
+  }
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
     kernels.push_back(combine_bulk_kernel(wire));
   for (const void* kernel : kernels) {
@@ -167,7 +169,7 @@ const char* load_kernels() {
   }
   for (bool lines : {false, true})
     if (const char* error =
-            text_of(cudaFuncSetAttribute(dispatch_packets_kernel(lines, true, 1),
+            text_of(cudaFuncSetAttribute(dispatch_packets_kernel(lines, true),
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
       return error;
   return nullptr;
@@ -258,11 +260,15 @@ const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t strea
     const int run = run_of(e, e.max_rows * strips);
     p.runs = static_cast<int32_t>((strips + run - 1) / run);
     p.by_runs = fast_divisor(p.runs);
+    p.by_rows = fast_divisor(p.max_rows);
     return launch(e, combine_packets_kernel(e.options.lines, e.shape.combine_wire, run),
                   packets_grid(e, e.max_rows * p.runs), &p, stream);
   }
-  const int64_t units = std::max<int64_t>(e.max_rows * p.parts / 4, 1);
-  const int blocks = static_cast<int>(std::clamp<int64_t>(units, 1, e.blocks));
+  // A block for each row that a peer may be owed; few tokens are summed in parts by as many warps.
+  const int64_t rows = e.max_rows * (e.geometry.ep_size - 1);
+  const int blocks = static_cast<int>(std::clamp<int64_t>(std::max(rows, e.tokens), 1, e.blocks));
+  p.parts = 1;
+  while (p.parts < 8 && e.tokens * p.parts * 2 <= 8 * blocks) p.parts *= 2;
   return launch(e, combine_bulk_kernel(e.shape.combine_wire), {blocks, 512, 0}, &p, stream);
 }
 

@@ -73,6 +73,21 @@ __device__ __forceinline__ void store_release_sys(uint64_t* at, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* at, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
+}
+
+// Of shared memory, between the warps of a block.
+__device__ __forceinline__ void store_release_block(uint32_t* at, uint32_t v) {
+  asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_block(const uint32_t* at) {
+  uint32_t v;
+  asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void add_release_sys(uint32_t* at, uint32_t v) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }

@@ -20,36 +20,47 @@ __device__ __forceinline__ float high_bf16(uint32_t pair) {
   return __uint_as_float(pair & 0xFFFF0000u);
 }
 
-// Eight elements of a row from column `col` on.
-__device__ __forceinline__ void load_columns(const uint8_t* row, int scalar, int col,
-                                             float (&v)[kColumns]) {
+// Eight elements of a row as they lie there: loaded first, decoded later, so that several loads are
+// in flight.
+struct RawColumns {
+  Chunk low{0, 0}, high{0, 0};
+};
+
+__device__ __forceinline__ RawColumns load_columns(const uint8_t* row, int scalar, int col) {
   const uint8_t* at = row + col * (scalar == kScalarFp32 ? 4 : 2);
-  const Chunk c = load_bytes(at, 16);
-  const uint32_t w[4] = {static_cast<uint32_t>(c.lo), static_cast<uint32_t>(c.lo >> 32),
-                         static_cast<uint32_t>(c.hi), static_cast<uint32_t>(c.hi >> 32)};
-  if (scalar == kScalarFp32) {
-    const Chunk d = load_bytes(at + 16, 16);
+  RawColumns raw;
+  raw.low = load_bytes(at, 16);
+  if (scalar == kScalarFp32) raw.high = load_bytes(at + 16, 16);
+  return raw;
+}
+
+__device__ __forceinline__ void decode_columns(const RawColumns& raw, int scalar,
+                                               float (&v)[kColumns]) {
+  const uint32_t w[4] = {static_cast<uint32_t>(raw.low.lo), static_cast<uint32_t>(raw.low.lo >> 32),
+                         static_cast<uint32_t>(raw.low.hi),
+                         static_cast<uint32_t>(raw.low.hi >> 32)};
+  if (scalar == kScalarBf16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[2 * i] = low_bf16(w[i]), v[2 * i + 1] = high_bf16(w[i]);
+  } else if (scalar == kScalarFp16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[2 * i] = low_fp16(w[i]), v[2 * i + 1] = low_fp16(w[i] >> 16);
+  } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = __uint_as_float(w[i]);
-    v[4] = __uint_as_float(static_cast<uint32_t>(d.lo));
-    v[5] = __uint_as_float(static_cast<uint32_t>(d.lo >> 32));
-    v[6] = __uint_as_float(static_cast<uint32_t>(d.hi));
-    v[7] = __uint_as_float(static_cast<uint32_t>(d.hi >> 32));
-    return;
-  }
-  const bool half = scalar == kScalarFp16;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = half ? low_fp16(w[i]) : low_bf16(w[i]);
-    v[2 * i + 1] = half ? low_fp16(w[i] >> 16) : high_bf16(w[i]);
+    v[4] = __uint_as_float(static_cast<uint32_t>(raw.high.lo));
+    v[5] = __uint_as_float(static_cast<uint32_t>(raw.high.lo >> 32));
+    v[6] = __uint_as_float(static_cast<uint32_t>(raw.high.hi));
+    v[7] = __uint_as_float(static_cast<uint32_t>(raw.high.hi >> 32));
   }
 }
 
+// Bits of the largest magnitude; fmaxf passes over NaN.
 __device__ __forceinline__ uint32_t largest(const float (&v)[kColumns]) {
-  uint32_t amax = 0;
+  float amax = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) amax = max(amax, magnitude_bits(v[i]));
-  return amax;
+  for (int i = 0; i < kColumns; ++i) amax = fmaxf(amax, fabsf(v[i]));
+  return __float_as_uint(amax);
 }
 
 template <int kLanes>
@@ -60,25 +71,35 @@ __device__ __forceinline__ uint32_t largest_of_lanes(uint32_t amax) {
   return amax;
 }
 
-__device__ __forceinline__ uint64_t encode_e4m3(const float (&v)[kColumns], float factor) {
-  uint64_t codes = 0;
+__device__ __forceinline__ uint2 encode_e4m3(const float (&v)[kColumns], float factor) {
+  uint32_t pair[4];
 #pragma unroll
-  for (int i = 0; i < kColumns; i += 2)
-    codes |= static_cast<uint64_t>(e4m3x2(v[i] * factor, v[i + 1] * factor)) << (8 * i);
-  return codes;
+  for (int i = 0; i < 4; ++i) pair[i] = e4m3x2(v[2 * i] * factor, v[2 * i + 1] * factor);
+  return {pair[0] | pair[1] << 16, pair[2] | pair[3] << 16};
 }
+
+#if !defined(MOE_HAS_E2M1)
+// e2m1_encode() of codec.h in fewer instructions.
+__device__ __forceinline__ uint32_t e2m1_of(float x) {
+  const uint32_t u = __float_as_uint(x);
+  const float a = fminf(fabsf(x), 6.0f);  // NaN gives 6
+  const uint32_t m = __float_as_uint(a);
+  // Rounded to one bit of mantissa; below 1 the step is .5, which the adder rounds to.
+  const uint32_t normal = ((m + 0x1FFFFFu + (m >> 22 & 1)) >> 22) - 252;
+  const uint32_t small = __float_as_uint(a + 4194304.0f) - 0x4A800000u;
+  return (a < 1.0f ? small : normal) | (x == x ? u >> 28 & 8u : 0u);
+}
+
+__device__ __forceinline__ uint32_t e2m1x2(float lo, float hi) {
+  return e2m1_of(lo) | e2m1_of(hi) << 4;
+}
+#endif
 
 __device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], float factor) {
   uint32_t codes = 0;
 #pragma unroll
-  for (int i = 0; i < kColumns; i += 2) {
-#if defined(MOE_HAS_E2M1)
+  for (int i = 0; i < kColumns; i += 2)
     codes |= e2m1x2(v[i] * factor, v[i + 1] * factor) << (4 * i);
-#else
-    codes |= static_cast<uint32_t>(e2m1_encode(v[i] * factor)) << (4 * i) |
-             static_cast<uint32_t>(e2m1_encode(v[i + 1] * factor)) << (4 * i + 4);
-#endif
-  }
   return codes;
 }
 
@@ -96,30 +117,52 @@ struct Nvfp4Scale {
   float factor;
 };
 
-__device__ __forceinline__ Nvfp4Scale nvfp4_scale(uint32_t amax, float global_scale) {
+// `decode_scale` is 1 / global_scale.
+__device__ __forceinline__ Nvfp4Scale nvfp4_scale(uint32_t amax, float global_scale,
+                                                  float decode_scale) {
   const float v = (bits_float(amax) * bits_float(0x3E2AAAABu)) * global_scale;
-  const uint8_t code = e4m3_encode(fminf(v, 448.0f));
-  const float sf = e4m3_decode(code);  // 0 where amax is 0, or too small for a scale
-  return {code, sf == 0.0f ? 0.0f : 1.0f / (sf * (1.0f / global_scale))};
+  const uint32_t code = e4m3x2(fminf(v, 448.0f), 0.0f) & 0xFF;
+  const float sf = low_fp16(half2_of_e4m3x2(static_cast<uint16_t>(code)));
+  // 0 where amax is 0, or too small for a scale.
+  return {static_cast<uint8_t>(code), sf == 0.0f ? 0.0f : __frcp_rn(sf * decode_scale)};
 }
 
 struct QuantizeRow {
   const uint8_t* data;
   int scalar, wire, hidden, padded;
-  float global_scale;
+  float global_scale, decode_scale;
   Fp8Scale row_scale;  // of wire fp8
+
+  __device__ __forceinline__ QuantizeRow(const uint8_t* row, int dtype, int format, int columns,
+                                         int columns_padded, const float* scale)
+      : data(row),
+        scalar(dtype),
+        wire(format),
+        hidden(columns),
+        padded(columns_padded),
+        global_scale(scale == nullptr ? 1.0f : *scale),
+        decode_scale(1.0f / global_scale),
+        row_scale{} {}
 };
 
 // The largest magnitude of columns [first, last) over a warp.
 __device__ __forceinline__ uint32_t largest_of_columns(const uint8_t* row, int scalar, int first,
                                                        int last) {
+  constexpr int kAhead = 4;  // loads in flight
   uint32_t amax = 0;
-#pragma unroll 2
-  for (int col = first + static_cast<int>(threadIdx.x % kWarp) * kColumns; col < last;
-       col += kWarpColumns) {
-    float v[kColumns];
-    load_columns(row, scalar, col, v);
-    amax = max(amax, largest(v));
+#pragma unroll 1
+  for (int at = first + static_cast<int>(threadIdx.x % kWarp) * kColumns; at < last;
+       at += kAhead * kWarpColumns) {
+    RawColumns raw[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (at + u * kWarpColumns < last) raw[u] = load_columns(row, scalar, at + u * kWarpColumns);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      float v[kColumns];
+      decode_columns(raw[u], scalar, v);
+      amax = max(amax, largest(v));
+    }
   }
   return largest_of_lanes<kWarp>(amax);
 }
@@ -133,17 +176,17 @@ __device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float 
   const bool inside = col < r.padded;
   switch (r.wire) {
     case kFp8:
-      if (inside) *reinterpret_cast<uint64_t*>(payload + col) = encode_e4m3(v, r.row_scale.inverse);
+      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, r.row_scale.inverse);
       break;
     case kFp8Block128: {
       const Fp8Scale s = fp8_scale(largest_of_lanes<16>(own));
-      if (inside) *reinterpret_cast<uint64_t*>(payload + col) = encode_e4m3(v, s.inverse);
+      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, s.inverse);
       if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[col / 128] = s.scale;
       break;
     }
     case kMxfp8: {
       const uint32_t e = mxfp8_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint64_t*>(payload + col) = encode_e4m3(v, e8m0_inverse(e));
+      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, e8m0_inverse(e));
       if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
       break;
     }
@@ -154,7 +197,7 @@ __device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float 
       break;
     }
     default: {
-      const Nvfp4Scale s = nvfp4_scale(largest_of_lanes<2>(own), r.global_scale);
+      const Nvfp4Scale s = nvfp4_scale(largest_of_lanes<2>(own), r.global_scale, r.decode_scale);
       if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, s.factor);
       if (inside && lane % 2 == 0) scales[col / 16] = s.code;
       break;
@@ -170,21 +213,18 @@ __device__ __forceinline__ void quantize_columns(const QuantizeRow& r, int first
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int step = first; step < last; step += kAhead * kWarpColumns) {
-    float v[kAhead][kColumns];
+    RawColumns raw[kAhead];  // zeros in the columns that pad a row
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int col = step + u * kWarpColumns + lane * kColumns;
-      if (col < min(last, r.hidden)) {
-        load_columns(r.data, r.scalar, col, v[u]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) v[u][i] = 0.0f;
-      }
+      if (col < min(last, r.hidden)) raw[u] = load_columns(r.data, r.scalar, col);
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int col = step + u * kWarpColumns;
-      if (col < last) quantize_step(r, v[u], col + lane * kColumns, payload, scales);
+      float v[kColumns];
+      decode_columns(raw[u], r.scalar, v);
+      if (col < last) quantize_step(r, v, col + lane * kColumns, payload, scales);
     }
   }
 }

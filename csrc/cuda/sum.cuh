@@ -89,13 +89,13 @@ template <int kWire>
 struct Scaled {
   static constexpr bool kQuantized = true;
   struct Loaded {
-    uint64_t codes;
+    uint2 codes;
     float scale;
   };
   static __device__ __forceinline__ Loaded load(const InboxRow& row, int col) {
     const uint8_t* scales = row.data + row.hidden;
     Loaded l;
-    l.codes = *reinterpret_cast<const uint64_t*>(row.data + col);
+    l.codes = *reinterpret_cast<const uint2*>(row.data + col);
     if constexpr (kWire == kMxfp8)
       l.scale = e8m0_decode(scales[col / 32]);
     else
@@ -115,7 +115,8 @@ struct Scaled {
   static __device__ __forceinline__ void add(const Loaded& l, float (&sum)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = half2_of_e4m3x2(static_cast<uint16_t>(l.codes >> (16 * i)));
+      const uint32_t word = i < 2 ? l.codes.x : l.codes.y;
+      const uint32_t pair = half2_of_e4m3x2(static_cast<uint16_t>(word >> (16 * (i % 2))));
       sum[2 * i] += low_fp16(pair) * l.scale;
       sum[2 * i + 1] += low_fp16(pair >> 16) * l.scale;
     }

@@ -15,7 +15,7 @@ from moe_a2a._ops import cuda_library
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
 from moe_a2a.backends.symmetric import open_window
-from moe_a2a.errors import BuildError, MoeA2AError, StateError
+from moe_a2a.errors import BuildError, GeometryError, MoeA2AError, StateError
 from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.workspace import geometry_numbers, shape_numbers
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Nvlink"]
 
 _MAX_RANKS = 64  # bits of a mask
+_MAX_EXPERTS = 2**15 - 1  # owners are found by a product of 32 bits
 _MISMATCH, _EXCLUDED = 2, 3  # StatusKind of csrc/cuda/context.h
 _STATUS_BYTES = 1024
 
@@ -47,14 +48,16 @@ class Nvlink:
     def unusable(spec: Spec | None, group: Group | None) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device here"
-        if torch.cuda.get_device_capability() < (7, 0):
-            return "needs compute capability 7.0 (16-byte accesses across devices)"
+        if torch.cuda.get_device_capability() < (8, 9):
+            return "needs compute capability 8.9 (conversions to FP8)"
         try:
             cuda_compiler()
         except BuildError as error:
             return str(error)
         if spec is not None and spec.ep_size > _MAX_RANKS:
             return f"ep_size={spec.ep_size}: at most {_MAX_RANKS} ranks"
+        if spec is not None and spec.num_experts > _MAX_EXPERTS:
+            return f"num_experts={spec.num_experts}: at most {_MAX_EXPERTS:,}"
         if group is not None and len({facts["host"] for facts in group.facts}) > 1:
             return "the ranks are on several hosts, or in several pid namespaces of one"
         return None
@@ -76,7 +79,10 @@ class Nvlink:
         except MoeA2AError as error:
             problem = error
         group.agree(problem)
-        devices = [reply["device"] for reply in group.exchange(self._facts(group))]
+        facts = group.exchange(self._facts())
+        devices = [reply["device"] for reply in facts]
+        if any(reply["lines"] != self.lines for reply in facts):
+            raise GeometryError("the ranks disagree on the form of low-latency packets")
         self._window = open_window(spec.workspace_bytes(), opening.device, group)
         geometry = geometry_numbers(spec)
         self._memory = torch.zeros(
@@ -108,7 +114,7 @@ class Nvlink:
         # Nobody stores to a window before its owner has cleared it.
         group.agree(None)
 
-    def _facts(self, group: Group) -> dict[str, object]:
+    def _facts(self) -> dict[str, object]:
         uuid = str(torch.cuda.get_device_properties(self._device).uuid)
         return {"device": uuid, "lines": self.lines}
 
