@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 ROUTING := benchmarks/routing_bytes_e256_k8.npz
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cc)
 # Arguments of the benchmark: make bench ARGS="--ranks 4 --wire all"
 ARGS ?=
 

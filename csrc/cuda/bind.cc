@@ -6,6 +6,12 @@
 namespace moe_a2a::cuda {
 namespace {
 
+#if defined(MOE_SIMT)
+constexpr DLDeviceType kDevice = kDLCPU;  // kernels on the CPU, for tests: tests/simt
+#else
+constexpr DLDeviceType kDevice = kDLCUDA;
+#endif
+
 class EndpointObj : public ffi::Object {
  public:
   Endpoint endpoint;
@@ -70,7 +76,7 @@ void stage_extra(ffi::ObjectRef handle, int64_t index, ffi::TensorView tensor) {
   Endpoint& e = endpoint_of(handle);
   require(index >= 0 && index < e.geometry.num_extras, "index of an extra");
   e.extra[index] =
-      rows_of(tensor, kDLCUDA, tensor.size(0), e.geometry.extra_bytes[index], "extra [T, n]");
+      rows_of(tensor, kDevice, tensor.size(0), e.geometry.extra_bytes[index], "extra [T, n]");
 }
 
 // What a kernel recorded meanwhile; read from the host's own memory, at no cost.
@@ -87,7 +93,7 @@ int64_t run_dispatch(ffi::ObjectRef handle, ffi::TensorView x,
                      int64_t active, int64_t stream) {
   Endpoint& e = endpoint_of(handle);
   if (const int64_t kind = failure_kind(handle)) return kind;
-  const DispatchArgs a = dispatch_args(e.geometry, e.shape, kDLCUDA, e.context.rank, x, scales, ids,
+  const DispatchArgs a = dispatch_args(e.geometry, e.shape, kDevice, e.context.rank, x, scales, ids,
                                        weights, counts, max_rows, deferred, active);
   const float* scale = nullptr;
   if (global_scale.has_value()) {
@@ -102,7 +108,7 @@ int64_t run_dispatch(ffi::ObjectRef handle, ffi::TensorView x,
 int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView out, int64_t stream) {
   Endpoint& e = endpoint_of(handle);
   if (const int64_t kind = failure_kind(handle)) return kind;
-  const CombineArgs a = combine_args(e.geometry, e.shape, kDLCUDA, y, out, e.tokens, e.max_rows);
+  const CombineArgs a = combine_args(e.geometry, e.shape, kDevice, y, out, e.tokens, e.max_rows);
   const OnDevice device(e);
   check(launch_combine(e, a, stream_of(stream)));
   return 0;

@@ -283,16 +283,21 @@ __device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation
 }
 
 template <class Row>
-__global__ void __launch_bounds__(kMost, 1) combine_bulk(const __grid_constant__ CombineLaunch p) {
-  __shared__ __align__(16) uint8_t stage[Row::kQuantized ? kPushWarps<Row> * kStageBytes : 16];
-  __shared__ Progress progress;
+struct alignas(16) Stage {  // in shared memory
+  uint8_t bytes[Row::kQuantized ? kPushWarps<Row> * kStageBytes : 16];
+};
+
+template <class Row>
+__global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __grid_constant__ p) {
+  MOE_SHARED(Stage<Row>, stage);
+  MOE_SHARED(Progress, progress);
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x < 8) progress.units[threadIdx.x] = 0;
   __syncthreads();
   const Operation op = begin(p.c, kCombineOp);
   if (op.dead) return;
   if (warp < kPushWarps<Row>) {
-    push_rows<Row>(p, progress, stage + (Row::kQuantized ? warp * kStageBytes : 0));
+    push_rows<Row>(p, progress, stage.bytes + (Row::kQuantized ? warp * kStageBytes : 0));
   } else if (warp > kPushWarps<Row>) {
     sum_rows<Row>(p, op);
   } else {

@@ -3,19 +3,21 @@
 // block announces this rank and hears the others; the rest of the grid moves rows.
 #include "finish.cuh"
 #include "launch.h"
+#include "run.cuh"
 #include "sum.cuh"
 #include "wait_failed.cuh"
 
 namespace moe_a2a::cuda {
 namespace {
 
-constexpr int kMost = 512;  // threads
+template <int kRun>
+constexpr int kMost = kRun == 4 ? 256 : 512;  // threads
 
-// Where a strip of a row lies in an inbox.
-__device__ __forceinline__ Chunk* packet_at(const CombineLaunch& p, int owner, int from, int slot,
-                                            int at) {
-  uint8_t* inbox = p.c.window[owner] + p.c.combine_inbox + from * p.c.combine_peer_bytes;
-  return reinterpret_cast<Chunk*>(inbox + static_cast<int64_t>(slot) * p.pitch + at);
+// The packets of a row in an inbox.
+__device__ __forceinline__ uint8_t* packets_at(const CombineLaunch& p, int owner, int from,
+                                               int slot) {
+  return p.c.window[owner] + p.c.combine_inbox + from * p.c.combine_peer_bytes +
+         static_cast<int64_t>(slot) * p.pitch;
 }
 
 // A run of a row that may have come from another rank.
@@ -36,9 +38,8 @@ struct Outgoing {
 template <class Packet, int kRun>
 __device__ __forceinline__ void push_rows(const CombineLaunch& p, const Operation& op, int movers) {
   const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int warps = blockDim.x / kWarp;
   const int total = (c.ep_size - 1) * p.max_rows * p.runs;
-  const int bytes = static_cast<int>(c.combine_bytes);
   bool first = true;
 #pragma unroll 1
   for (int index = blockIdx.x * warps + threadIdx.x / kWarp; index < total;
@@ -48,22 +49,12 @@ __device__ __forceinline__ void push_rows(const CombineLaunch& p, const Operatio
     const bool exists = out.slot < count;
     if (!first && !exists) continue;
     first = false;
-    const int offset = out.strip * 2 * Packet::kData + Packet::offset(lane);
-    const int at = out.strip * static_cast<int>(kStrip) + lane * 16;
-    const uint8_t* y = p.a.y + out.source * p.a.source_stride + out.slot * p.a.row_stride + offset;
+    const Run<Packet, kRun> run{out.strip};
     Chunk data[kRun];
-#pragma unroll
-    for (int u = 0; u < kRun; ++u) {
-      const int from = u * 2 * Packet::kData,
-                left = min(Packet::bytes(lane), bytes - offset - from);
-      data[u] = left > 0 ? load_bytes(y + from, left) : Chunk{0, 0};
-    }
+    run.load(p.a.y + out.source * p.a.source_stride + out.slot * p.a.row_stride,
+             static_cast<int>(c.combine_bytes), data);
     if (op.dead || !exists) continue;
-    Chunk* inbox = packet_at(p, out.source, c.rank, out.slot, at);
-#pragma unroll
-    for (int u = 0; u < kRun; ++u)
-      if (at + u * static_cast<int>(kStrip) < p.pitch)
-        store_relaxed_sys(inbox + u * kStrip / 16, Packet::seal(data[u], op.tag, lane));
+    run.send(packets_at(p, out.source, c.rank, out.slot), p.pitch, op.tag, data);
   }
 }
 
@@ -88,51 +79,36 @@ struct Places {
 // own comes straight from y.
 template <class Packet, int kScalar, int kRun>
 __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation& op, int token,
-                                        int strip, const Places& places, Wait& wait) {
+                                        Run<Packet, kRun> run, const Places& places, Wait& wait) {
   constexpr int kAhead = 2;
   const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp, bytes = static_cast<int>(c.combine_bytes);
-  const int offset = strip * 2 * Packet::kData + Packet::offset(lane);
-  const int at = strip * static_cast<int>(kStrip) + lane * 16;
-  const auto count = [&](int u) {
-    return min(Packet::bytes(lane), bytes - offset - u * 2 * Packet::kData);
-  };
-  const auto mine = [&](int u) { return at + u * static_cast<int>(kStrip) < p.pitch; };
+  const int bytes = static_cast<int>(c.combine_bytes);
   float sum[kRun][Elements<kScalar>::kCount] = {};
 #pragma unroll 1
   for (uint64_t ranks = places.ranks; ranks != 0;) {
-    int rank[kAhead], slot[kAhead];
+    int rank[kAhead];
+    const uint8_t* packets[kAhead];
     Chunk data[kAhead][kRun];
     bool here[kAhead];
 #pragma unroll
     for (int r = 0; r < kAhead; ++r) {
       rank[r] = ranks == 0 ? -1 : __ffsll(ranks) - 1;
       ranks &= ranks - 1;
-      slot[r] = places.slot(max(rank[r], 0));
+      const int slot = places.slot(max(rank[r], 0));
       here[r] = rank[r] < 0 || rank[r] == c.rank;
-      if (rank[r] != c.rank) continue;
-      const uint8_t* y = p.a.y + c.rank * p.a.source_stride + slot[r] * p.a.row_stride + offset;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        data[r][u] = count(u) > 0 ? load_bytes(y + u * 2 * Packet::kData, count(u)) : Chunk{0, 0};
+      packets[r] = packets_at(p, c.rank, max(rank[r], 0), slot);
+      if (rank[r] == c.rank)
+        run.load(p.a.y + c.rank * p.a.source_stride + slot * p.a.row_stride, bytes, data[r]);
     }
     for (;;) {
+      uint64_t suspects = 0;
+      bool fresh[kAhead];
 #pragma unroll
       for (int r = 0; r < kAhead; ++r)
-#pragma unroll
-        for (int u = 0; u < kRun; ++u)
-          if (!here[r] && mine(u))
-            data[r][u] =
-                load_relaxed_sys(packet_at(p, c.rank, rank[r], slot[r], at) + u * kStrip / 16);
-      uint64_t suspects = 0;
+        fresh[r] = here[r] || run.receive(packets[r], p.pitch, op.tag, data[r]);
 #pragma unroll
       for (int r = 0; r < kAhead; ++r) {
-        if (here[r]) continue;
-        bool fresh = true;
-#pragma unroll
-        for (int u = 0; u < kRun; ++u)
-          fresh = fresh && (!mine(u) || Packet::fresh(data[r][u], op.tag, lane));
-        here[r] = __all_sync(kAllLanes, fresh);
+        here[r] = __all_sync(kAllLanes, fresh[r]);
         if (!here[r]) suspects |= bit(rank[r]);
       }
       if (suspects == 0) break;
@@ -145,17 +121,16 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
         for (int u = 0; u < kRun; ++u) add_chunk<kScalar>(data[r][u], sum[u]);
       }
   }
-  uint8_t* out = p.a.out + token * p.a.out_stride + offset;
+  Chunk rounded[kRun];
 #pragma unroll
-  for (int u = 0; u < kRun; ++u)
-    if (count(u) > 0)
-      store_bytes(out + u * 2 * Packet::kData, round_chunk<kScalar>(sum[u]), count(u));
+  for (int u = 0; u < kRun; ++u) rounded[u] = round_chunk<kScalar>(sum[u]);
+  run.store(p.a.out + token * p.a.out_stride, bytes, rounded);
   return true;
 }
 
 template <class Packet, int kScalar, int kRun>
-__global__ void __launch_bounds__(kMost, 1)
-    combine_packets(const __grid_constant__ CombineLaunch p) {
+__global__ void __launch_bounds__(kMost<kRun>, 1)
+    combine_packets(const CombineLaunch __grid_constant__ p) {
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
   const int last = gridDim.x - 1, movers = max(last, 1);
   const bool finishes = static_cast<int>(blockIdx.x) == last && warp == 0;
@@ -170,8 +145,8 @@ __global__ void __launch_bounds__(kMost, 1)
     Wait wait;
 #pragma unroll 1
     while (index < total) {
-      const int strip = (index - token * p.runs) * kRun;
-      if (!sum_run<Packet, kScalar, kRun>(p, op, token, strip, places, wait)) return;
+      const Run<Packet, kRun> run{(index - token * p.runs) * kRun};
+      if (!sum_run<Packet, kScalar, kRun>(p, op, token, run, places, wait)) return;
       index += stride;
       token = index / p.by_runs;
       places = Places(p.c, token, index < total);

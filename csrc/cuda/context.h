@@ -53,11 +53,9 @@ inline FastDivisor fast_divisor(int64_t divisor) {
   return {static_cast<uint32_t>((uint64_t{1} << 31) / d + 1)};
 }
 
-#if defined(__CUDACC__)
-__device__ __forceinline__ uint32_t operator/(uint32_t n, const FastDivisor& f) {
-  return __umulhi(2 * n, f.magic);
+MOE_HD uint32_t operator/(uint32_t n, const FastDivisor& f) {
+  return static_cast<uint32_t>(uint64_t{2 * n} * f.magic >> 32);
 }
-#endif
 
 // One part of a row: where it lies in the row's image and in the window.
 struct Segment {

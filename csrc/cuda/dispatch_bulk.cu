@@ -189,10 +189,15 @@ __device__ __forceinline__ void scrub_rows(const DispatchLaunch& p, const Operat
 }
 
 template <class Source>
+struct alignas(16) Stage {  // in shared memory
+  uint8_t bytes[Source::kStage == 0 ? 16 : kWarps * Source::kStage];
+};
+
+template <class Source>
 __global__ void __launch_bounds__(kMost, 1)
-    dispatch_bulk(const __grid_constant__ DispatchLaunch p) {
-  __shared__ Route route;
-  __shared__ __align__(16) uint8_t stage[Source::kStage == 0 ? 16 : kWarps * Source::kStage];
+    dispatch_bulk(const DispatchLaunch __grid_constant__ p) {
+  MOE_SHARED(Route, route);
+  MOE_SHARED(Stage<Source>, stage);
   const Operation op = begin(p.c, kDispatch);
   if (op.dead) return;
   const int last = gridDim.x - 1, movers = max(last, 1);
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(kMost, 1)
   if (finishes) announce_counts(p, op.tag, route);
   if (finishes) __syncthreads();  // a block that is alone goes on to use the same memory
   if (static_cast<int>(blockIdx.x) < movers)
-    send_rows<Source>(p, route, stage + threadIdx.x / kWarp * Source::kStage);
+    send_rows<Source>(p, route, stage.bytes + threadIdx.x / kWarp * Source::kStage);
   announce_block(p);
   scrub_rows(p, op);
   if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, true);

@@ -12,29 +12,24 @@ namespace {
 
 constexpr int kMost = 512;  // threads
 
+// This rank's own row comes last: it has no way to go.
 template <class Packet, int kRun>
 __device__ __forceinline__ void send_run(const DispatchLaunch& p, uint64_t tag, const Route& route,
                                          int in_tile, Run<Packet, kRun> run,
                                          const Chunk (&data)[kRun]) {
   const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp;
+  const uint64_t self = bit(c.rank);
 #pragma unroll 1
-  for (uint64_t ranks = route.ranks[in_tile]; ranks != 0; ranks &= ranks - 1) {
-    const int to = __ffsll(ranks) - 1, slot = route.slot[in_tile][to];
-    if (to == c.rank) {
-      const int64_t row = c.rank * p.a.max_rows + slot;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        store_image(p, to, row, run.offset(u), Packet::bytes(lane), data[u], false);
-    } else {
-      uint8_t* inbox = c.window[to] + c.dispatch_inbox + c.rank * c.dispatch_peer_bytes +
-                       static_cast<int64_t>(slot) * p.pitch;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        if (run.at(u) < p.pitch)
-          store_relaxed_sys(reinterpret_cast<Chunk*>(inbox + run.at(u)),
-                            Packet::seal(data[u], tag, lane));
-    }
+  for (uint64_t left = route.ranks[in_tile]; left != 0;) {
+    const uint64_t remote = left & ~self;
+    const int to = __ffsll(remote != 0 ? remote : left) - 1, slot = route.slot[in_tile][to];
+    left &= ~bit(to);
+    if (to == c.rank)
+      store_run(p, c.rank * p.a.max_rows + slot, run, data, false);
+    else
+      run.send(c.window[to] + c.dispatch_inbox + c.rank * c.dispatch_peer_bytes +
+                   static_cast<int64_t>(slot) * p.pitch,
+               p.pitch, tag, data);
   }
 }
 
@@ -70,11 +65,7 @@ struct Direct {
         const int t = at / p.by_runs;
         const Run<Packet, kRun> run{(at - t * p.runs) * kRun};
         Chunk data[kRun];
-        if (at < stop) {
-#pragma unroll
-          for (int u = 0; u < kRun; ++u)
-            data[u] = load_image(p, t, run.offset(u), Packet::bytes(run.lane()));
-        }
+        if (at < stop) load_run(p, t, run, data);
         if (!found) tiles.next(p, tile, end, tile == share.first, route);
         found = true;
         if (at < stop && !op.dead) send_run<Packet, kRun>(p, op.tag, route, t - tile, run, data);
@@ -91,7 +82,7 @@ template <class Packet, int kRun>
 struct Staged {
   static __device__ __forceinline__ Fp8Scale row_scale(const DispatchLaunch& p,
                                                        const uint8_t* row) {
-    __shared__ uint32_t amax;
+    MOE_SHARED(uint32_t, amax);
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
     const int share = (p.c.hidden / warps + kWarpColumns) / kWarpColumns * kWarpColumns;
     if (threadIdx.x == 0) amax = 0;
@@ -124,7 +115,7 @@ struct Staged {
 
   static __device__ __forceinline__ void send(const DispatchLaunch& p, const Operation& op,
                                               Route& route) {
-    extern __shared__ __align__(16) uint8_t image[];
+    MOE_DYNAMIC_SHARED(image);
     const Share share(p);
     const int warps = blockDim.x / kWarp;
     Tiles tiles;
@@ -154,8 +145,8 @@ struct Staged {
 
 template <class Packet, template <class, int> class Source, int kRun>
 __global__ void __launch_bounds__(kMost, 1)
-    dispatch_packets(const __grid_constant__ DispatchLaunch p) {
-  __shared__ Route route;
+    dispatch_packets(const DispatchLaunch __grid_constant__ p) {
+  MOE_SHARED(Route, route);
   const Operation op = begin(p.c, kDispatch);
   const int last = gridDim.x - 1, movers = max(last, 1);
   const bool moves = static_cast<int>(blockIdx.x) < movers;

@@ -1,5 +1,6 @@
-// Dispatch of the smallest rounds, in packets: every warp finds the slots of all tokens by itself,
-// in registers, so that no barrier stands between the ids and the first row on its way.
+// Dispatch of the smallest rounds, in packets. The ids of up to 128 tokens are looked at by four
+// warps at once, and from then on every warp finds slots by itself, in registers: one barrier
+// stands between the ids and the first row on its way.
 #include "finish.cuh"
 #include "launch.h"
 #include "receive.cuh"
@@ -11,37 +12,44 @@ namespace {
 constexpr int kMost = 512;  // threads
 constexpr int kGroups = kSmallTokens / kWarp;
 
+// Mask of the ranks of token t.
+template <class Id>
+__device__ __forceinline__ uint32_t ranks_of(const DispatchLaunch& p, int t) {
+  constexpr int kAhead = 8;  // loads in flight
+  const auto* ids = reinterpret_cast<const Id*>(p.a.ids.row(t));
+  uint32_t mask = 0;
+#pragma unroll 1
+  for (int first = 0; first < p.c.top_k; first += kAhead) {
+    Id id[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) id[k] = first + k < p.c.top_k ? ids[first + k] : Id(-1);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (id[k] < static_cast<Id>(p.c.num_experts))
+        mask |= 1u << owner_of(p.c, static_cast<uint32_t>(id[k]));
+  }
+  return mask & static_cast<uint32_t>(p.a.active);
+}
+
+struct Masks {  // in shared memory
+  uint32_t of[kSmallTokens];
+};
+
 // Ranks of all tokens: a lane has those of tokens `lane`, `lane + 32`, ...
 struct Routes {
-  uint32_t ranks[kGroups] = {};
+  uint32_t ranks[kGroups];
 
-  template <class Id>
-  static __device__ __forceinline__ uint32_t ranks_of(const DispatchLaunch& p, int t) {
-    constexpr int kAhead = 8;  // loads in flight
-    const auto* ids = reinterpret_cast<const Id*>(p.a.ids.row(t));
+  // A warp looks at a group of tokens, for the whole block; a barrier must follow.
+  static __device__ __forceinline__ void look(const DispatchLaunch& p, Masks& masks) {
+    const int t = threadIdx.x, tokens = static_cast<int>(p.a.tokens);
+    if (t >= kSmallTokens) return;
     uint32_t mask = 0;
-#pragma unroll 1
-    for (int first = 0; first < p.c.top_k; first += kAhead) {
-      Id id[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) id[k] = first + k < p.c.top_k ? ids[first + k] : Id(-1);
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-        if (id[k] < static_cast<Id>(p.c.num_experts))
-          mask |= 1u << owner_of(p.c, static_cast<uint32_t>(id[k]));
-    }
-    return mask;
+    if (t < tokens) mask = p.a.wide_ids ? ranks_of<uint64_t>(p, t) : ranks_of<uint32_t>(p, t);
+    masks.of[t] = mask;
   }
-
-  template <class Id>
-  __device__ __forceinline__ void find(const DispatchLaunch& p) {
-    const int lane = threadIdx.x % kWarp, tokens = static_cast<int>(p.a.tokens);
+  __device__ __forceinline__ explicit Routes(const Masks& masks) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (g * kWarp >= tokens) break;  // the whole warp
-      const int t = g * kWarp + lane;
-      if (t < tokens) ranks[g] = ranks_of<Id>(p, t) & static_cast<uint32_t>(p.a.active);
-    }
+    for (int g = 0; g < kGroups; ++g) ranks[g] = masks.of[g * kWarp + threadIdx.x % kWarp];
   }
   __device__ __forceinline__ uint32_t of(int t) const {
     uint32_t mine = ranks[0];
@@ -64,51 +72,32 @@ struct Routes {
   }
 };
 
-template <int kRun>
-__device__ __forceinline__ void load_run(const DispatchLaunch& p, int t, Run<Line128, kRun> run,
-                                         Chunk (&data)[kRun]) {
-#pragma unroll
-  for (int u = 0; u < kRun; ++u)
-    data[u] = load_image(p, t, run.offset(u), Line128::bytes(run.lane()));
-}
-
-// A run of token t to every rank that it goes to; the first run of a token also notes its ranks and
-// slots for the combine of this round.
+// A run of token t to every rank that it goes to, this one last, which has no way to go; the first
+// run of a token also notes its ranks and slots for the combine of this round.
 template <int kRun>
 __device__ __forceinline__ void send_run(const DispatchLaunch& p, uint64_t tag,
                                          const Routes& routes, int t, Run<Line128, kRun> run,
                                          const Chunk (&data)[kRun]) {
   const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp;
-  const bool notes = run.strip == 0 && lane == 0;
-  const uint32_t all = routes.of(t);
+  const bool notes = run.strip == 0 && threadIdx.x % kWarp == 0;
+  const uint32_t all = routes.of(t), self = 1u << c.rank;
   if (notes) c.token_ranks[t] = all;
-  const uint32_t self = 1u << c.rank;
-  // This rank's own row comes last: it has no way to go.
 #pragma unroll 1
   for (uint32_t left = all; left != 0;) {
     const uint32_t remote = left & ~self;
     const int to = __ffs(remote != 0 ? remote : left) - 1, slot = routes.before(t, to);
     left &= ~(1u << to);
     if (notes) c.token_slots[t * c.ep_size + to] = slot;
-    if (to == c.rank) {
-      const int64_t row = c.rank * p.a.max_rows + slot;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        store_image(p, to, row, run.offset(u), Line128::bytes(lane), data[u], false);
-    } else {
-      uint8_t* inbox = c.window[to] + c.dispatch_inbox + c.rank * c.dispatch_peer_bytes +
-                       static_cast<int64_t>(slot) * p.pitch;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        if (run.at(u) < p.pitch)
-          store_relaxed_sys(reinterpret_cast<Chunk*>(inbox + run.at(u)),
-                            Line128::seal(data[u], tag, lane));
-    }
+    if (to == c.rank)
+      store_run(p, c.rank * p.a.max_rows + slot, run, data, false);
+    else
+      run.send(c.window[to] + c.dispatch_inbox + c.rank * c.dispatch_peer_bytes +
+                   static_cast<int64_t>(slot) * p.pitch,
+               p.pitch, tag, data);
   }
 }
 
-// Counts of all tokens to all ranks, this one included, whose other blocks read them there.
+// One warp, after its fence: counts of all tokens to all ranks, this one included.
 __device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_t tag,
                                                 const Routes& routes) {
   const int lane = threadIdx.x % kWarp;
@@ -124,39 +113,36 @@ __device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_
 
 template <int kRun>
 __global__ void __launch_bounds__(kMost, 1)
-    dispatch_small(const __grid_constant__ DispatchLaunch p) {
+    dispatch_small(const DispatchLaunch __grid_constant__ p) {
+  MOE_SHARED(Masks, masks);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
   const int last = gridDim.x - 1, movers = max(last, 1);
   const bool moves = static_cast<int>(blockIdx.x) < movers;
-  const bool finishes = static_cast<int>(blockIdx.x) == last && warp == 0;
+  // The last warp has the headers: it fences while the first ones look at ids.
+  const bool finishes = static_cast<int>(blockIdx.x) == last && warp == warps - 1;
   const int total = static_cast<int>(p.a.tokens) * p.runs, stride = movers * warps;
   int at = blockIdx.x * warps + warp, t = at / p.by_runs;
   Run<Line128, kRun> run{(at - t * p.runs) * kRun};
   const Operation op = begin(p.c, kDispatch);
-  if (!moves && !finishes) return;
-  Routes routes;
-  bool found = false;
-#pragma unroll 1
-  do {
-    const bool sends = moves && at < total;
-    Chunk data[kRun];
-    if (sends) load_run(p, t, run, data);
-    if (!found) {
-      if (p.a.wide_ids)
-        routes.find<uint64_t>(p);
-      else
-        routes.find<uint32_t>(p);
-      if (op.dead) return;
-      if (finishes) fence_acq_rel_sys();
-      found = true;
-    }
-    if (sends) send_run(p, op.tag, routes, t, run, data);
-    at += stride;
-    t = at / p.by_runs;
-    run.strip = (at - t * p.runs) * kRun;
-  } while (moves && at < total);
+  Chunk data[kRun];
+  const bool sends = moves && at < total;
+  if (sends) load_run(p, t, run, data);
+  Routes::look(p, masks);
+  if (finishes) fence_acq_rel_sys();
+  __syncthreads();
+  if (op.dead || !(moves || finishes)) return;
+  const Routes routes(masks);
+  if (sends) send_run(p, op.tag, routes, t, run, data);
   if (finishes) announce_counts(p, op.tag, routes);
   if (moves) {
+    // Only where there are more runs than warps.
+#pragma unroll 1
+    for (at += stride; at < total; at += stride) {
+      t = at / p.by_runs;
+      run.strip = (at - t * p.runs) * kRun;
+      load_run(p, t, run, data);
+      send_run(p, op.tag, routes, t, run, data);
+    }
     Counts counts;
     counts.know(p.c.rank, routes.before(static_cast<int>(p.a.tokens), p.c.rank));
     receive_rows<Line128, kRun>(p, op, movers, counts);

@@ -72,8 +72,8 @@ int run_of(const Endpoint& e, int64_t strips) {
 }
 
 // A warp for each run that a peer sends, as long as there is room, and a block for the headers.
-Grid packets_grid(const Endpoint& e, int64_t runs) {
-  const int threads = runs <= 8 * movers(e.blocks) ? 256 : 512;
+Grid packets_grid(const Endpoint& e, int64_t runs, int run) {
+  const int threads = run == 4 || runs <= 8 * movers(e.blocks) ? 256 : 512;
   const int64_t wanted = (runs + threads / 32 - 1) / (threads / 32) + 1;
   return {static_cast<int>(std::clamp<int64_t>(wanted, 1, e.blocks)), threads, 0};
 }
@@ -87,7 +87,7 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
   const int64_t strips = strips_of(p.pitch);
   const int run = small ? run_of(e, p.a.max_rows * strips) : staged || !e.options.lines ? 1 : 2;
   p.runs = static_cast<int32_t>((strips + run - 1) / run);
-  Grid grid = packets_grid(e, p.a.max_rows * p.runs);
+  Grid grid = packets_grid(e, p.a.max_rows * p.runs, run);
   const int blocks = movers(grid.blocks);
   p.share = static_cast<int32_t>((p.a.tokens * p.runs + blocks - 1) / blocks);
   if (staged) {
@@ -262,7 +262,7 @@ const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t strea
     p.by_runs = fast_divisor(p.runs);
     p.by_rows = fast_divisor(p.max_rows);
     return launch(e, combine_packets_kernel(e.options.lines, e.shape.combine_wire, run),
-                  packets_grid(e, e.max_rows * p.runs), &p, stream);
+                  packets_grid(e, e.max_rows * p.runs, run), &p, stream);
   }
   // A block for each row that a peer may be owed; few tokens are summed in parts by as many warps.
   const int64_t rows = e.max_rows * (e.geometry.ep_size - 1);

@@ -1,6 +1,10 @@
 // Instructions that C++ has no word for, each a named function. The only inline PTX.
 #pragma once
 
+#if !defined(__CUDACC__)
+#include "ptx_simt.h"  // kernels on the CPU, for tests: tests/simt
+#else
+
 #include <cstdint>
 
 namespace moe_a2a::cuda {
@@ -162,3 +166,5 @@ __device__ __forceinline__ uint32_t e2m1x2(float lo, float hi) {
 #endif
 
 }  // namespace moe_a2a::cuda
+
+#endif

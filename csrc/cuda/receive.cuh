@@ -2,24 +2,39 @@
 #pragma once
 
 #include "row.cuh"
+#include "run.cuh"
 #include "wait.cuh"
 
 namespace moe_a2a::cuda {
 
-// The strips of a row that a warp moves in one go.
+// A run of token t's image from the caller's tensors.
 template <class Packet, int kRun>
-struct Run {
-  int strip;  // the first
+__device__ __forceinline__ void load_run(const DispatchLaunch& p, int t, Run<Packet, kRun> run,
+                                         Chunk (&data)[kRun]) {
+  const int payload = p.segment[kSegmentPayload].bytes;
+  if (run.inside(payload)) {
+    run.load(p.a.payload.row(t), payload, data);
+    return;
+  }
+#pragma unroll
+  for (int u = 0; u < kRun; ++u)
+    data[u] = load_image(p, t, run.offset(u), Packet::bytes(run.lane()));
+}
 
-  static __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
-  // In the row's image, and in its packets.
-  __device__ __forceinline__ int offset(int u) const {
-    return (strip + u) * 2 * Packet::kData + Packet::offset(lane());
+// Puts a run to where this rank's experts read it, or scrubs it.
+template <class Packet, int kRun>
+__device__ __forceinline__ void store_run(const DispatchLaunch& p, int64_t row,
+                                          Run<Packet, kRun> run, const Chunk (&data)[kRun],
+                                          bool scrub) {
+  const int payload = p.segment[kSegmentPayload].bytes, me = p.c.rank;
+  if (run.inside(payload) && !scrub) {
+    run.store(p.c.window[me] + p.c.payload + row * payload, payload, data);
+    return;
   }
-  __device__ __forceinline__ int at(int u) const {
-    return (strip + u) * static_cast<int>(kStrip) + lane() * 16;
-  }
-};
+#pragma unroll
+  for (int u = 0; u < kRun; ++u)
+    store_image(p, me, row, run.offset(u), Packet::bytes(run.lane()), data[u], scrub);
+}
 
 // Counts of the sources, as far as they have come: a lane has those of ranks `lane`, `lane + 32`.
 struct Counts {
@@ -48,7 +63,7 @@ template <class Packet, int kRun>
 __device__ __forceinline__ void receive_rows(const DispatchLaunch& p, const Operation& op,
                                              int movers, Counts counts) {
   const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int warps = blockDim.x / kWarp;
   const int total = c.ep_size * static_cast<int>(p.a.max_rows) * p.runs;
   Wait wait;
 #pragma unroll 1
@@ -66,21 +81,11 @@ __device__ __forceinline__ void receive_rows(const DispatchLaunch& p, const Oper
                            static_cast<int64_t>(slot) * p.pitch;
     for (;;) {
       Chunk data[kRun];
-      bool fresh = true;
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        if (!silent && run.at(u) < p.pitch)
-          data[u] = load_relaxed_sys(reinterpret_cast<const Chunk*>(inbox + run.at(u)));
+      const bool fresh = !silent && run.receive(inbox, p.pitch, op.tag, data);
       const int count = counts.of(p, op.tag, source);
-#pragma unroll
-      for (int u = 0; u < kRun; ++u)
-        if (run.at(u) < p.pitch) fresh = fresh && Packet::fresh(data[u], op.tag, lane);
       const bool padding = count >= 0 && slot >= count;
-      if (padding || (!silent && __all_sync(kAllLanes, fresh))) {
-#pragma unroll
-        for (int u = 0; u < kRun; ++u)
-          store_image(p, c.rank, source * p.a.max_rows + slot, run.offset(u), Packet::bytes(lane),
-                      data[u], padding);
+      if (padding || __all_sync(kAllLanes, fresh)) {
+        store_run(p, source * p.a.max_rows + slot, run, data, padding);
         break;
       }
       if (silent && count >= 0) break;  // a row of its own, stored by its sender

@@ -14,7 +14,7 @@ from moe_a2a._build import cuda_compiler
 from moe_a2a._ops import cuda_library
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
-from moe_a2a.backends.symmetric import open_window
+from moe_a2a.backends.symmetric import SymmetricWindow, open_window
 from moe_a2a.errors import BuildError, GeometryError, MoeA2AError, StateError
 from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.workspace import geometry_numbers, shape_numbers
@@ -71,11 +71,11 @@ class Nvlink:
         spec, group = opening.spec, opening.group
         self._spec, self._rank, self._timeout = spec, group.rank, opening.timeout
         self._local, self._device = group.local, opening.device
-        self._index = int(opening.device.index)
+        self._index = opening.device.index or 0
         self._debug = opening.debug
         problem: MoeA2AError | None = None
         try:
-            self._library = cuda_library()
+            self._library = self._load()
         except MoeA2AError as error:
             problem = error
         group.agree(problem)
@@ -83,13 +83,13 @@ class Nvlink:
         devices = [reply["device"] for reply in facts]
         if any(reply["lines"] != self.lines for reply in facts):
             raise GeometryError("the ranks disagree on the form of low-latency packets")
-        self._window = open_window(spec.workspace_bytes(), opening.device, group)
+        self._window = self._open_window(spec.workspace_bytes(), group)
         geometry = geometry_numbers(spec)
         self._memory = torch.zeros(
             self._library.local_bytes(geometry), dtype=torch.uint8, device=opening.device
         )
         # Written by the device, read by the host at the next call, without waiting for anything.
-        self._status = torch.zeros(_STATUS_BYTES, dtype=torch.uint8).pin_memory()
+        self._status = self._host_memory(_STATUS_BYTES)
         sharers = devices.count(devices[self._rank])
         self._endpoint: Any = self._library.endpoint_open(
             geometry,
@@ -113,6 +113,17 @@ class Nvlink:
         self._library.restart(self._endpoint, 1, 1, 1, self._stream())
         # Nobody stores to a window before its owner has cleared it.
         group.agree(None)
+
+    # What is CUDA's; tests run the kernels on the CPU (tests/simt).
+
+    def _load(self) -> Any:
+        return cuda_library()
+
+    def _open_window(self, nbytes: int, group: Group) -> SymmetricWindow:
+        return open_window(nbytes, self._device, group)
+
+    def _host_memory(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8).pin_memory()
 
     def _facts(self) -> dict[str, object]:
         uuid = str(torch.cuda.get_device_properties(self._device).uuid)
@@ -149,7 +160,7 @@ class Nvlink:
         return self._views.of(call.rows, call.deferred)
 
     def _scale_bits(self, scale: Tensor | None) -> int:
-        if torch.cuda.is_current_stream_capturing():
+        if scale is not None and scale.is_cuda and torch.cuda.is_current_stream_capturing():
             return 0
         value = torch.ones(()) if scale is None else scale.detach().cpu()
         return int(value.view(torch.int32).item()) & 0xFFFFFFFF
@@ -159,7 +170,7 @@ class Nvlink:
             raise self._failure()
 
     def check(self) -> None:
-        torch.cuda.current_stream(self._device).synchronize()
+        self._wait_for_stream()
         if self._library.failure_kind(self._endpoint):
             raise self._failure()
 
@@ -206,9 +217,12 @@ class Nvlink:
             )
         self._lobby.finish(members)
 
+    def _wait_for_stream(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+
     def _drain(self) -> None:
         if self._local:  # the streams of other threads are not this rank's to wait for
-            torch.cuda.current_stream(self._device).synchronize()
+            self._wait_for_stream()
         else:
             torch.cuda.synchronize(self._device)
 

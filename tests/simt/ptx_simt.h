@@ -1,0 +1,72 @@
+// The functions of csrc/cuda/ptx.cuh, on the CPU.
+#pragma once
+
+#include <emmintrin.h>
+
+#include <ctime>
+
+#include "codec.h"
+
+namespace moe_a2a::cuda {
+
+inline void wait_for_earlier_kernels() {}
+inline void allow_next_kernel() {}
+
+struct alignas(16) Chunk {
+  uint64_t lo, hi;
+};
+
+// An aligned access of 16 bytes is one on every x86 processor with AVX.
+inline Chunk load_relaxed_sys(const Chunk* at) {
+  Chunk c;
+  const __m128i v = _mm_load_si128(reinterpret_cast<const __m128i*>(at));
+  _mm_store_si128(reinterpret_cast<__m128i*>(&c), v);
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return c;
+}
+inline Chunk load_acquire_sys(const Chunk* at) { return load_relaxed_sys(at); }
+inline void store_relaxed_sys(Chunk* at, const Chunk& c) { simt::store_packet(at, c.lo, c.hi); }
+inline uint32_t load_acquire_sys(const uint32_t* at) {
+  return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+inline uint64_t load_acquire_sys(const uint64_t* at) {
+  return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+}
+inline void store_release_sys(uint32_t* at, uint32_t v) {
+  __atomic_store_n(at, v, __ATOMIC_RELEASE);
+}
+inline void store_relaxed_sys(uint64_t* at, uint64_t v) {
+  __atomic_store_n(at, v, __ATOMIC_RELAXED);
+}
+inline void add_release_sys(uint32_t* at, uint32_t v) {
+  __atomic_fetch_add(at, v, __ATOMIC_RELEASE);
+}
+inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_acq_rel); }
+inline void store_release_block(uint32_t* at, uint32_t v) { *at = v; }
+inline uint32_t load_acquire_block(const uint32_t* at) {
+  simt::yield();
+  return *at;
+}
+
+inline uint4 load_once(const uint4* at) { return *at; }
+
+inline uint64_t nanoseconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
+
+inline uint32_t e4m3x2(float lo, float hi) { return e4m3_encode(lo) | e4m3_encode(hi) << 8; }
+inline uint32_t half2_of_e4m3x2(uint16_t codes) {
+  const uint32_t lo = fp16_encode(e4m3_decode(codes & 0xFF));
+  return lo | static_cast<uint32_t>(fp16_encode(e4m3_decode(codes >> 8))) << 16;
+}
+inline uint32_t two_bf16(float low, float high) {
+  return bf16_encode(low) | static_cast<uint32_t>(bf16_encode(high)) << 16;
+}
+inline uint32_t two_fp16(float low, float high) {
+  return fp16_encode(low) | static_cast<uint32_t>(fp16_encode(high)) << 16;
+}
+inline float low_fp16(uint32_t pair) { return fp16_decode(static_cast<uint16_t>(pair)); }
+
+}  // namespace moe_a2a::cuda

@@ -1,0 +1,130 @@
+// CUDA's language on the CPU, so that the kernels of csrc/cuda run, and are tested, without a GPU.
+//
+// A thread of a kernel is a fiber. What a warp does together (shuffles, votes) waits until all its
+// threads have come to it, and says so if they come to different ones. Nothing is said about speed,
+// and little about memory order: that is for the model of the protocol, and for a GPU.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "cuda_runtime.h"
+
+#define __device__
+#define __host__
+#define __global__
+#define __grid_constant__ &
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+
+namespace simt {
+
+struct Index {
+  unsigned x;
+};
+extern Index thread_index, block_index, block_size, grid_size;
+
+enum Kind : int { kShuffle, kVote, kReduce, kWarpBarrier };
+
+void yield();
+// Every thread of a warp brings a value and gets all of them.
+const uint64_t* exchange(Kind kind, uint64_t value);
+void block_barrier();
+void* shared(const void* key, size_t bytes);
+void* dynamic_shared();
+void store_packet(void* at, uint64_t lo, uint64_t hi);
+
+template <class T>
+uint64_t bits(T value) {
+  uint64_t out = 0;
+  std::memcpy(&out, &value, sizeof(T));
+  return out;
+}
+template <class T>
+T value(uint64_t bits) {
+  T out;
+  std::memcpy(&out, &bits, sizeof(T));
+  return out;
+}
+inline unsigned lane() { return thread_index.x % 32; }
+
+template <class T>
+T shuffle(T own, unsigned from) {
+  const uint64_t* all = exchange(kShuffle, bits(own));
+  return value<T>(all[from % 32]);
+}
+inline unsigned vote(bool own) {
+  const uint64_t* all = exchange(kVote, own);
+  unsigned mask = 0;
+  for (unsigned i = 0; i < 32; ++i) mask |= static_cast<unsigned>(all[i] != 0) << i;
+  return mask;
+}
+
+}  // namespace simt
+
+#define threadIdx simt::thread_index
+#define blockIdx simt::block_index
+#define blockDim simt::block_size
+#define gridDim simt::grid_size
+
+#define MOE_SHARED(T, name)       \
+  static const char name##_key{}; \
+  T& name = *static_cast<T*>(simt::shared(&name##_key, sizeof(T)))
+#define MOE_DYNAMIC_SHARED(name) auto* name = static_cast<uint8_t*>(simt::dynamic_shared())
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct ulonglong2 {
+  unsigned long long x, y;
+};
+inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) { return {x, y}; }
+
+template <class T>
+T __shfl_sync(unsigned, T v, int from) {
+  return simt::shuffle(v, from);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T v, int step) {
+  return simt::shuffle(v, simt::lane() ^ step);
+}
+inline unsigned __ballot_sync(unsigned, bool v) { return simt::vote(v); }
+inline bool __any_sync(unsigned, bool v) { return simt::vote(v) != 0; }
+inline bool __all_sync(unsigned, bool v) { return simt::vote(v) == ~0u; }
+inline uint32_t __reduce_min_sync(unsigned, uint32_t v) {
+  const uint64_t* all = simt::exchange(simt::kReduce, v);
+  return static_cast<uint32_t>(*std::min_element(all, all + 32));
+}
+inline void __syncwarp() { simt::exchange(simt::kWarpBarrier, 0); }
+inline void __syncthreads() { simt::block_barrier(); }
+inline void __nanosleep(unsigned) { simt::yield(); }
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+inline int __ffsll(uint64_t v) { return __builtin_ffsll(static_cast<long long>(v)); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
+inline uint32_t __float_as_uint(float v) { return static_cast<uint32_t>(simt::bits(v)); }
+inline float __uint_as_float(uint32_t v) { return simt::value<float>(v); }
+inline float __frcp_rn(float v) { return 1.0f / v; }
+
+// The threads of a process take turns, so these need no atomic instruction.
+inline uint32_t atomicExch(uint32_t* at, uint32_t v) { return std::exchange(*at, v); }
+inline void atomicMax(uint32_t* at, uint32_t v) { *at = std::max(*at, v); }
+
+template <class T>
+T min(T a, T b) {
+  return std::min(a, b);
+}
+template <class T>
+T max(T a, T b) {
+  return std::max(a, b);
+}

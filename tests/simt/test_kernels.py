@@ -1,0 +1,168 @@
+"""The CUDA kernels on the CPU: rank processes over shared memory, byte for byte as everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_a2a import AllToAll
+from moe_a2a.errors import PeerTimeout, StateError
+from moe_a2a.spec import COMBINE_WIRES
+from tests.collective.rounds import Case, Round, play, play_rounds
+from tests.oracle_formats import WIRES
+from tests.simt.backend import library, register
+from tests.simt.build import supported
+
+pytestmark = pytest.mark.skipif(not supported(), reason="fibers are switched in x86-64 assembly")
+KINDS = ("simt", "simt16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    library()
+
+
+def play_case(ranks, kind, case, rounds, **options):
+    """A rank function."""
+    register()
+    return play_rounds(ranks, kind, case, rounds, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wire", WIRES)
+def test_every_wire_in_packets_and_in_bulk(pool, wire, kind):
+    rounds = [Round(1), Round(2, specials=True, output="fp16", rows=2), Round(3, rows=1)]
+    for back in COMBINE_WIRES:
+        case = Case(2, wire=wire, combine_wire=back, capacity=12)
+        pool.run(play_case, kind, case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, experts=7, top_k=5, capacity=40),
+        Case(4, experts=3, top_k=2, capacity=40, hidden=256, wire="nvfp4"),
+        Case(4, experts=64, top_k=20, capacity=150, hidden=512, combine_wire="fp32"),
+        Case(1, experts=4, top_k=4, capacity=40, combine_wire="mxfp8"),
+        Case(8, experts=20, top_k=6, capacity=9, hidden=16),
+    ],
+    ids=str,
+)
+def test_geometries(pool, case, kind):
+    rounds = [Round(n, rows=min(rows, case.capacity)) for n, rows in enumerate((150, 3, 17, 1))]
+    pool.run(play_case, kind, case, rounds, ranks=case.size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wire", ["bf16", "mxfp8", "nvfp4"])
+def test_extras_scrubbing_strides_deferral_and_wide_ids(pool, wire, kind):
+    more = {"scrub": "all", "extra": {"a": 8, "odd": 131}, "allow_defer": True}
+    rounds = [
+        Round(n, strided=n % 2 > 0, wide_ids=n % 3 > 0, rows=(30, 2, 11)[n % 3], defer=n % 4 == 3)
+        for n in range(6)
+    ]
+    case = Case(2, wire=wire, hidden=288, capacity=30, more=more)
+    pool.run(play_case, kind, case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("source", ["fp16", "fp32", "wire"])
+def test_other_inputs(pool, source):
+    for wire in ("fp8", "fp8_block128", "mxfp4"):
+        case = Case(2, wire=wire, hidden=384, capacity=9)
+        rounds = [Round(n, source=source, rows=rows) for n, rows in enumerate((9, 1))]
+        pool.run(play_case, "simt", case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_any_grid(pool, blocks):
+    rounds = [Round(1), Round(2, rows=3), Round(3, rows=1)]
+    for wire in ("bf16", "fp8"):
+        case = Case(2, wire=wire, capacity=48)
+        pool.run(limited, blocks, case, rounds, ranks=2)
+
+
+def limited(ranks, blocks, case, rounds):
+    return play_case(ranks, "simt", case, rounds, max_blocks=blocks)
+
+
+@pytest.mark.parametrize(("wire", "back"), [("bf16", "bf16"), ("nvfp4", "mxfp8")])
+def test_rows_of_a_real_model(pool, wire, back):
+    case = Case(2, experts=256, top_k=8, hidden=7168, capacity=3, wire=wire, combine_wire=back)
+    rounds = [Round(1, rows=rows) for rows in (3, 1, 2)]
+    pool.run(play_case, "simt", case, rounds, ranks=2)
+
+
+def test_inactive_ranks(pool):
+    active = (True, False, True)
+    pool.run(without_one, Case(3, capacity=8), active, ranks=3)
+
+
+def without_one(ranks, case, active):
+    register()
+    with AllToAll(case.spec(), ranks.group, backend="simt", timeout=20) as a2a:
+        play(a2a, ranks, case, Round(1))
+        if active[ranks.rank]:
+            for rows in (8, 1):
+                play(a2a, ranks, case, Round(2, rows=rows, active=active))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_epochs_wrap_around(pool, kind):
+    pool.run(wrap_around, kind, ranks=2)
+
+
+def wrap_around(ranks, kind):
+    """From 3 operations before 2^32 on, over packets and flags of as many rounds."""
+    register()
+    case = Case(2, capacity=8)
+    with AllToAll(case.spec(), ranks.group, backend=kind, timeout=20) as a2a:
+        play(a2a, ranks, case, Round(0))
+        torch.distributed.barrier(ranks.group)
+        impl = a2a._impl
+        impl._library.restart(impl._endpoint, 2**32 - 3, 1, 1, 0)
+        torch.distributed.barrier(ranks.group)
+        for n in range(1, 6):
+            play(a2a, ranks, case, Round(n, rows=(8, 1)[n % 2]))
+
+
+def test_a_rank_that_stays_away_is_named_and_all_go_on(pool):
+    pool.run(one_stays_away, ranks=3)
+
+
+def one_stays_away(ranks):
+    register()
+    case = Case(3, capacity=8)
+    for rows in (8, 1):
+        with AllToAll(case.spec(), ranks.group, backend="simt", timeout=1) as a2a:
+            play(a2a, ranks, case, Round(1, rows=rows))
+            if ranks.rank != 1:
+                a2a.dispatch(*inputs(case, rows), runtime_max_tokens=rows)
+                with pytest.raises(PeerTimeout) as caught:
+                    a2a.check()
+                assert caught.value.ranks == (1,)
+                assert (caught.value.phase, caught.value.round) == ("dispatch", 2)
+                with pytest.raises(PeerTimeout):
+                    a2a.dispatch(*inputs(case, rows), runtime_max_tokens=rows)
+            torch.distributed.barrier(ranks.group)
+            a2a.reset()
+            play(a2a, ranks, case, Round(2, rows=rows))
+
+
+def inputs(case, rows):
+    x = torch.zeros(rows, case.hidden, dtype=torch.bfloat16)
+    ids = torch.zeros(rows, case.top_k, dtype=torch.int32)
+    return x, ids, torch.ones(rows, case.top_k)
+
+
+def test_ranks_that_disagree_both_hear_of_it(pool):
+    pool.run(disagree, ranks=2)
+
+
+def disagree(ranks):
+    register()
+    case = Case(2, capacity=8)
+    with AllToAll(case.spec(), ranks.group, backend="simt", timeout=5) as a2a:
+        a2a.dispatch(*inputs(case, 1), runtime_max_tokens=1 + ranks.rank)
+        with pytest.raises(StateError, match="runtime_max_tokens=2"):
+            a2a.check()
