@@ -12,25 +12,6 @@ namespace {
 constexpr int kMost = 512;  // threads
 constexpr int kGroups = kSmallTokens / kWarp;
 
-// Mask of the ranks of token t.
-template <class Id>
-__device__ __forceinline__ uint32_t ranks_of(const DispatchLaunch& p, int t) {
-  constexpr int kAhead = 8;  // loads in flight
-  const auto* ids = reinterpret_cast<const Id*>(p.a.ids.row(t));
-  uint32_t mask = 0;
-#pragma unroll 1
-  for (int first = 0; first < p.c.top_k; first += kAhead) {
-    Id id[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) id[k] = first + k < p.c.top_k ? ids[first + k] : Id(-1);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (id[k] < static_cast<Id>(p.c.num_experts))
-        mask |= 1u << owner_of(p.c, static_cast<uint32_t>(id[k]));
-  }
-  return mask & static_cast<uint32_t>(p.a.active);
-}
-
 struct Masks {  // in shared memory
   uint32_t of[kSmallTokens];
 };
@@ -41,11 +22,8 @@ struct Routes {
 
   // A warp looks at a group of tokens, for the whole block; a barrier must follow.
   static __device__ __forceinline__ void look(const DispatchLaunch& p, Masks& masks) {
-    const int t = threadIdx.x, tokens = static_cast<int>(p.a.tokens);
-    if (t >= kSmallTokens) return;
-    uint32_t mask = 0;
-    if (t < tokens) mask = p.a.wide_ids ? ranks_of<uint64_t>(p, t) : ranks_of<uint32_t>(p, t);
-    masks.of[t] = mask;
+    const int t = threadIdx.x;
+    if (t < kSmallTokens) masks.of[t] = ranks_of<uint32_t>(p, t, static_cast<int>(p.a.tokens));
   }
   __device__ __forceinline__ explicit Routes(const Masks& masks) {
 #pragma unroll

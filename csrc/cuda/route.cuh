@@ -18,41 +18,48 @@ struct Route {            // in shared memory
   };
 };
 
-// The rank that owns an expert, as owner_of_expert() of routing.h has it.
+// The rank that owns an expert, as owner_of_expert() of routing.h has it. kEven: all own as many.
+template <bool kEven>
 __device__ __forceinline__ uint32_t owner_of(const Context& c, uint32_t expert) {
-  if (c.larger_end == 0) return expert / c.smaller;
+  if constexpr (kEven) return expert / c.smaller;
   const bool on_larger = expert < static_cast<uint32_t>(c.larger_end);
   return on_larger ? expert / c.larger : c.larger_ranks + (expert - c.larger_end) / c.smaller;
 }
 
-// Whether a choice is delivered anywhere.
+// Whether a choice is delivered anywhere; an int64 id comes as two words.
 __device__ __forceinline__ bool routed(const DispatchLaunch& p, uint32_t low, uint32_t high) {
   const bool exists = high == 0 && low < static_cast<uint32_t>(p.c.num_experts);
-  return exists && (p.a.active >> owner_of(p.c, low) & 1) != 0;
+  return exists && (p.a.active >> owner_of<false>(p.c, low) & 1) != 0;
 }
 
-// Mask of the ranks that token t goes to; 0 past `end`. An id is looked at as 32-bit words: an
-// int64 one exists only if its high word is 0.
-__device__ __forceinline__ uint64_t ranks_of(const DispatchLaunch& p, int t, int end) {
+template <class Mask, class Id, bool kEven>
+__device__ __forceinline__ Mask ranks_of(const DispatchLaunch& p, int t) {
   constexpr int kAhead = 8;  // loads in flight
-  const auto* words = reinterpret_cast<const uint32_t*>(p.a.ids.row(t));
-  const int step = p.a.wide_ids ? 2 : 1, words_in_row = p.c.top_k * step;
-  uint64_t mask = 0;
+  const auto* ids = reinterpret_cast<const Id*>(p.a.ids.row(t));
+  Mask mask = 0;
 #pragma unroll 1
-  for (int first = 0; first < words_in_row; first += kAhead) {
-    uint32_t word[kAhead];
+  for (int first = 0; first < p.c.top_k; first += kAhead) {
+    Id id[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) id[k] = first + k < p.c.top_k ? ids[first + k] : Id(-1);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
-      word[k] = t < end && first + k < words_in_row ? words[first + k] : ~0u;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const bool low = (k & (step - 1)) == 0;
-      const bool exists = word[k] < static_cast<uint32_t>(p.c.num_experts) && low &&
-                          (step == 1 || word[k | 1] == 0);
-      if (exists) mask |= uint64_t{1} << owner_of(p.c, word[k]);
-    }
+      if (id[k] < static_cast<Id>(p.c.num_experts))
+        mask |= Mask{1} << owner_of<kEven>(p.c, static_cast<uint32_t>(id[k]));
   }
-  return mask & p.a.active;
+  return mask & static_cast<Mask>(p.a.active);
+}
+
+// Mask of the ranks that token t goes to; 0 past `end`. What is the same for all ids is decided
+// once, outside: the way to the first row on the wire leads through here.
+template <class Mask>
+__device__ __forceinline__ Mask ranks_of(const DispatchLaunch& p, int t, int end) {
+  if (t >= end) return 0;
+  if (p.c.larger_end == 0)
+    return p.a.wide_ids ? ranks_of<Mask, uint64_t, true>(p, t)
+                        : ranks_of<Mask, uint32_t, true>(p, t);
+  return p.a.wide_ids ? ranks_of<Mask, uint64_t, false>(p, t)
+                      : ranks_of<Mask, uint32_t, false>(p, t);
 }
 
 // The warps of a block count what the tokens before `first` send, in `part`; the first warp looks
@@ -67,8 +74,8 @@ __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int 
 #pragma unroll 1
   for (int at = (warp - 1) * kWarp; at < first; at += 2 * stride) {
     const bool own = at < 0;
-    uint64_t a = ranks_of(p, own ? first + lane : at + lane, own ? last : first);
-    const uint64_t b = ranks_of(p, at + stride + lane, first);
+    uint64_t a = ranks_of<uint64_t>(p, own ? first + lane : at + lane, own ? last : first);
+    const uint64_t b = ranks_of<uint64_t>(p, at + stride + lane, first);
     if (own) {
       tile = a;
       a = 0;
@@ -130,7 +137,8 @@ struct Tiles {
     if (first_tile || threadIdx.x < kWarp) {
       // Later tiles: only the first warp looks, and only at the tile.
       const int earlier = first_tile ? first : 0;
-      ranks = first_tile ? look_at_tokens(p, first, last, route) : ranks_of(p, first + lane, last);
+      ranks = first_tile ? look_at_tokens(p, first, last, route)
+                         : ranks_of<uint64_t>(p, first + lane, last);
       if (earlier > 0) {
         __syncthreads();
         if (threadIdx.x < kWarp) {
