@@ -99,7 +99,9 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
   post_to_all(c, facts, generation, kind == kPeerTimeout ? missing : 0, kind == kMismatch);
   if (kind == kPeerTimeout) {
     const uint64_t posted_at = nanoseconds();
-    while ((facts.active & ~self & ~posts.posted) != 0 && nanoseconds() - posted_at < kGraceNs)
+    // The lanes read the time one after the other: they have to agree on whether it is over.
+    while ((facts.active & ~self & ~posts.posted) != 0 &&
+           __all_sync(kAllLanes, nanoseconds() - posted_at < kGraceNs))
       posts = read_posts(c, facts.active, generation);
     const uint64_t mine = missing;
     missing = (missing | posts.missed) & ~posts.posted & ~self;
@@ -131,7 +133,8 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
 static __device__ __noinline__ uint64_t look_around(const Context& c, const RoundFacts& facts,
                                                     Operation op, uint64_t start,
                                                     uint64_t suspects) {
-  if (*const_cast<volatile uint32_t*>(&c.state->failing) != 0) return 0;
+  const bool given_up = *const_cast<volatile uint32_t*>(&c.state->failing) != 0;
+  if (__any_sync(kAllLanes, given_up)) return 0;
   const uint64_t now = nanoseconds();
   if (start == 0) start = now;
   const uint32_t generation = generation_of(op.tag);
