@@ -5,7 +5,7 @@
 
 namespace moe_a2a::cuda {
 
-constexpr uint64_t kGraceNs = 500'000'000;  // for the posts of other ranks whose wait expired
+constexpr int64_t kGraceNs = 500'000'000;  // for the posts of other ranks whose wait expired
 constexpr uint32_t kAllBlocks = 1u << 16;  // what the blocks of a rank add up to, whatever its grid
 
 // What is known of the operation under way when a kernel begins.

@@ -11,6 +11,11 @@ __device__ inline uint64_t or_over_warp(uint64_t v) {
   return v;
 }
 
+// Negative where the clock of one multiprocessor is a little behind another's.
+__device__ inline int64_t elapsed(uint64_t from, uint64_t to) {
+  return static_cast<int64_t>(to - from);
+}
+
 struct Posts {
   uint64_t posted = 0, missed = 0, accusers = 0, disagree = 0;
   bool excluded = false;
@@ -101,7 +106,7 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
     const uint64_t posted_at = nanoseconds();
     // The lanes read the time one after the other: they have to agree on whether it is over.
     while ((facts.active & ~self & ~posts.posted) != 0 &&
-           __all_sync(kAllLanes, nanoseconds() - posted_at < kGraceNs))
+           __all_sync(kAllLanes, elapsed(posted_at, nanoseconds()) < kGraceNs))
       posts = read_posts(c, facts.active, generation);
     const uint64_t mine = missing;
     missing = (missing | posts.missed) & ~posts.posted & ~self;
@@ -116,7 +121,7 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
     s.peer = peer;
     s.missing = missing;
     s.accusers = posts.accusers;
-    s.waited_ns = start == 0 ? 0 : static_cast<int64_t>(nanoseconds() - start);
+    s.waited_ns = start == 0 ? 0 : elapsed(start, nanoseconds());
     s.mine = facts;
     s.theirs = theirs;
     c.state->failed = 1;
@@ -143,7 +148,7 @@ static __device__ __noinline__ uint64_t look_around(const Context& c, const Roun
     const auto* post = reinterpret_cast<const volatile Post*>(c.control(c.rank, kPost, peer));
     posted |= post->generation >= generation;
   }
-  const bool over = now - start > static_cast<uint64_t>(c.timeout_ns);
+  const bool over = elapsed(start, now) > c.timeout_ns;
   if (!__any_sync(kAllLanes, posted || over)) return start;
   give_up(c, facts, op, start, suspects, -1);
   return 0;
