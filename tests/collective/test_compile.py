@@ -82,14 +82,16 @@ def play_layers(ranks, backend, compiler, wire):
 
 
 @SLOW
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize(
+    ("backend", "compiler"), [("shm", "eager"), ("shm", "inductor"), ("collective", "aot_eager")]
+)
 def test_two_layers_on_two_ranks(pool, backend, compiler):
     wire = "nvfp4" if backend == "shm" else "bf16"
     pool.run(play_layers, backend, compiler, wire, ranks=2, timeout=LIMIT)
 
 
 @SLOW
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
 def test_one_rank_without_a_group(compiler):
     with AllToAll(spec(1, wire="fp8", scrub="all")) as a2a:
 
@@ -105,8 +107,8 @@ def test_one_rank_without_a_group(compiler):
 
 
 @SLOW
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
+@pytest.mark.parametrize("dynamic", [None, True])
 def test_any_t_and_r(compiler, dynamic):
     with AllToAll(spec(1)) as a2a, torch.inference_mode():
 
@@ -121,7 +123,7 @@ def test_any_t_and_r(compiler, dynamic):
 
 
 @SLOW
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
 def test_prepare_and_finalize(compiler):
     with AllToAll(spec(1, wire="mxfp8", allow_defer=True)) as a2a:
         for quant in ("wire", "defer"):
@@ -139,7 +141,7 @@ def test_prepare_and_finalize(compiler):
             same([gots], [wants])
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
 def test_one_function_for_several_objects(compiler):
     def layer(a2a, x, ids, weights):
         return a2a.combine(experts(a2a.dispatch(x, ids, weights)))
@@ -206,12 +208,12 @@ def shrink(ranks, compiler):
 
 
 @SLOW
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
 def test_active_ranks_scales_and_a_global_scale(pool, compiler):
     pool.run(shrink, compiler, ranks=2, timeout=LIMIT)
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", COMPILERS[2:])
 def test_errors_are_those_of_eager_calls(compiler):
     x, ids, weights = inputs(3)
     y = torch.zeros(1, CAPACITY, H, dtype=torch.bfloat16)
@@ -264,6 +266,6 @@ def two_calls(a2a):
 
 
 @SLOW
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", COMPILERS[2:])
 def test_a_missing_rank_is_named(pool, compiler):
     pool.run(one_is_missing, compiler, ranks=2, timeout=LIMIT)

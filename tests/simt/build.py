@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_a2a._build import cache_directory, source_directory
 
 HERE = Path(__file__).resolve().parent
-FLAGS = "-std=c++17 -O2 -ffp-contract=off -fPIC -fvisibility=hidden -DMOE_SIMT -Wall"
+FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -DMOE_SIMT -Wall"
 UNITS = ("combine_bulk.cu", "combine_packets.cu", "dispatch_bulk.cu", "dispatch_packets.cu",
          "dispatch_small.cu", "bind.cc", "endpoint.cc")  # fmt: skip
 
