@@ -33,27 +33,21 @@ struct Outgoing {
   }
 };
 
-// The first run of a warp is loaded before it is known to hold a row: what is past the counts is
-// memory of y all the same, and goes nowhere.
 template <class Packet, int kRun>
 __device__ __forceinline__ void push_rows(const CombineLaunch& p, const Operation& op, int movers) {
   const Context& c = p.c;
   const int warps = blockDim.x / kWarp;
   const int total = (c.ep_size - 1) * p.max_rows * p.runs;
-  bool first = true;
 #pragma unroll 1
   for (int index = blockIdx.x * warps + threadIdx.x / kWarp; index < total;
        index += movers * warps) {
     const Outgoing out(p, index, kRun);
-    const int count = c.state->received[out.source];
-    const bool exists = out.slot < count;
-    if (!first && !exists) continue;
-    first = false;
+    // A row at or past the count is nobody's, and is not read.
+    if (op.dead || out.slot >= c.state->received[out.source]) continue;
     const Run<Packet, kRun> run{out.strip};
     Chunk data[kRun];
     run.load(p.a.y + out.source * p.a.source_stride + out.slot * p.a.row_stride,
              static_cast<int>(c.combine_bytes), data);
-    if (op.dead || !exists) continue;
     run.send(packets_at(p, out.source, c.rank, out.slot), p.pitch, op.tag, data);
   }
 }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_a2a.errors import PeerTimeout, StateError
+from moe_a2a.backends.base import ranks_in
+from moe_a2a.errors import MoeA2AError, PeerTimeout, StateError
 from moe_a2a.formats import FORMATS
 
-__all__ = ["RoundFacts", "mismatch", "peer_timeout"]
+__all__ = ["RoundFacts", "failure_of", "mismatch", "peer_timeout"]
 
 _PHASES = {1: "dispatch", 2: "combine"}
 _DEFERRED = 0x100
+_MISMATCH, _EXCLUDED = 2, 3  # kinds of failure in csrc
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,26 @@ def peer_timeout(
         "ranks, or reset(active_ranks=...) on those that are left."
     )
     return PeerTimeout(text, ranks=missing, phase=_PHASES[phase], round=round, waited=waited)
+
+
+def failure_of(record: list[int], *, backend: str, rank: int, limit: float) -> MoeA2AError:
+    """The error behind a kernel's record (``failure_record`` of both bindings)."""
+    kind, phase, round, waited, missing, _, peer = record[:7]
+    if kind == _MISMATCH:
+        mine, theirs = (RoundFacts(*record[at : at + 5]) for at in (7, 12))
+        return mismatch(rank, mine, peer, theirs, round)
+    if kind == _EXCLUDED:
+        return StateError(
+            f"round {round} on rank {rank}: a reset() of the other ranks has left this one out. "
+            "Only a reset() over all ranks takes it in again."
+        )
+    return peer_timeout(
+        backend=backend,
+        rank=rank,
+        missing=ranks_in(missing % 2**64),
+        phase=phase,
+        round=round,
+        waited=waited / 1e9,
+        limit=limit,
+        operations_ago=record[17:],
+    )

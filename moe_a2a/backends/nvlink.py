@@ -13,9 +13,9 @@ import torch
 from moe_a2a._build import cuda_compiler
 from moe_a2a._ops import cuda_library
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
-from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
+from moe_a2a.backends.failure import failure_of
 from moe_a2a.backends.symmetric import SymmetricWindow, open_window
-from moe_a2a.errors import BuildError, GeometryError, MoeA2AError, StateError
+from moe_a2a.errors import BuildError, GeometryError, MoeA2AError
 from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.workspace import geometry_numbers, shape_numbers
 
@@ -31,7 +31,6 @@ __all__ = ["Nvlink"]
 
 _MAX_RANKS = 64  # bits of a mask
 _MAX_EXPERTS = 2**15 - 1  # owners are found by a product of 32 bits
-_MISMATCH, _EXCLUDED = 2, 3  # StatusKind of csrc/cuda/context.h
 _STATUS_BYTES = 1024
 
 
@@ -178,25 +177,7 @@ class Nvlink:
 
     def _failure(self) -> MoeA2AError:
         record = [int(word) for word in self._library.failure_record(self._endpoint)]
-        kind, phase, round, waited, missing, _, peer = record[:7]
-        if kind == _MISMATCH:
-            mine, theirs = (RoundFacts(*record[at : at + 5]) for at in (7, 12))
-            return mismatch(self._rank, mine, peer, theirs, round)
-        if kind == _EXCLUDED:
-            return StateError(
-                f"round {round} on rank {self._rank}: a reset() of the other ranks has left this "
-                "one out. Only a reset() over all ranks takes it in again."
-            )
-        return peer_timeout(
-            backend=self.name,
-            rank=self._rank,
-            missing=ranks_in(missing % 2**64),
-            phase=phase,
-            round=round,
-            waited=waited / 1e9,
-            limit=self._timeout,
-            operations_ago=record[17:],
-        )
+        return failure_of(record, backend=self.name, rank=self._rank, limit=self._timeout)
 
     def reset(self, ranks: int) -> None:
         """Clears this rank's own memory between two meetings, so at a time when no rank sends.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from moe_a2a._build import cpu_compiler
 from moe_a2a._ops import cpu_library
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
-from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
+from moe_a2a.backends.failure import failure_of
 from moe_a2a.backends.window import PeerWindow, Ticket, Window
 from moe_a2a.errors import BuildError, MoeA2AError, StateError, WorkspaceError
 from moe_a2a.lobby import Lobby
@@ -30,7 +30,6 @@ _MAX_RANKS = 64  # bits of a mask
 _PENDING = 1
 _SLICE_NS = 50_000_000  # a kernel comes back this often, so that Ctrl-C is heard
 _SPIN_NS = 100_000
-_MISMATCH = 2
 
 
 class Shm:
@@ -180,20 +179,7 @@ class Shm:
 
     def _failure(self) -> MoeA2AError:
         record = [int(word) for word in self._library.failure_record(self._endpoint)]
-        kind, phase, round, waited, missing, _, peer = record[:7]
-        if kind == _MISMATCH:
-            mine, theirs = (RoundFacts(*record[at : at + 5]) for at in (7, 12))
-            return mismatch(self._rank, mine, peer, theirs, round)
-        return peer_timeout(
-            backend=self.name,
-            rank=self._rank,
-            missing=ranks_in(missing % 2**64),
-            phase=phase,
-            round=round,
-            waited=waited / 1e9,
-            limit=self._timeout,
-            operations_ago=record[17:],
-        )
+        return failure_of(record, backend=self.name, rank=self._rank, limit=self._timeout)
 
     def check(self) -> None:
         """Nothing is ever pending: a call returns when its round has ended."""
