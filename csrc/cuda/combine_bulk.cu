@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __g
   } else if (warp > kPushWarps<Row>) {
     sum_rows<Row>(p, op);
   } else {
-    if (blockIdx.x == 0) send_combine_headers(p, op.tag);
+    if (blockIdx.x == 0) send_combine_headers(p, op.tag, true);
     raise_flags<Row>(p, op.tag, progress);
     if (blockIdx.x == 0) finish_combine(p, op);
   }

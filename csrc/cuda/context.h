@@ -73,6 +73,7 @@ struct Context {
   int32_t* token_slots;   // [Tmax, W] its slot there
   int64_t payload, scales, ids, weights, combine, dispatch_inbox, combine_inbox;  // offsets
   int64_t extra[kMaxExtras];
+  int64_t dispatch_outbox, combine_outbox;          // this rank's part of a peer's inboxes
   int64_t dispatch_peer_bytes, combine_peer_bytes;  // of an inbox, for one source
   int64_t timeout_ns, combine_bytes;
   int32_t ep_size, rank, num_experts, top_k, hidden, padded, max_tokens, num_extras;
@@ -81,6 +82,7 @@ struct Context {
   int32_t larger_ranks;
   FastDivisor larger, smaller;  // experts per rank; there are fewer than 2^15
   bool scrub_all, debug;
+  bool strict;  // nothing but what the memory model promises: see send_header()
 
   MOE_HD uint8_t* control(int owner, ControlRow row, int source) const {
     return window[owner] + (1 + static_cast<int64_t>(row) * ep_size + source) * kLine;
@@ -98,6 +100,10 @@ struct DispatchLaunch {
   int32_t runs;   // of strips, in a row
   int32_t share;  // of a block: runs, or tokens in bulk
   int32_t parts;  // that a row is split into, in bulk
+  // Ids are int32 or int64 in vectors of 16 bytes, experts are shared out evenly among 32 ranks at
+  // most.
+  bool quick_ids;
+  bool everyone;  // is active
   // In packets: an inbox holds fewer than 2^17 strips, a peer's part of it 2^14.
   FastDivisor by_runs, by_rows;
   RoundFacts facts;

@@ -160,19 +160,6 @@ __device__ __forceinline__ void announce_block(const DispatchLaunch& p) {
       add_release_sys(reinterpret_cast<uint32_t*>(p.c.control(to, kBlocks, p.c.rank)), share);
 }
 
-// A source's count; the warp waits for it. Negative where the round is given up.
-__device__ __forceinline__ int await_count(const DispatchLaunch& p, const Operation& op,
-                                           int source) {
-  if ((p.a.active >> source & 1) == 0) return 0;
-  Wait wait;
-  int count = read_count(p.c, op.tag, source);
-  while (__any_sync(kAllLanes, count < 0)) {
-    if (!keep_waiting(p.c, p.facts, op, wait, bit(source))) return -1;
-    count = read_count(p.c, op.tag, source);
-  }
-  return count;
-}
-
 // Ids and weights (with scrub="all" payload and scales too) of the rows that nobody fills.
 __device__ __forceinline__ void scrub_rows(const DispatchLaunch& p, const Operation& op) {
   const int lane = threadIdx.x % kWarp, rows = static_cast<int>(p.a.max_rows);
@@ -202,7 +189,7 @@ __global__ void __launch_bounds__(kMost, 1)
   if (op.dead) return;
   const int last = gridDim.x - 1, movers = max(last, 1);
   const bool finishes = static_cast<int>(blockIdx.x) == last;
-  if (finishes) announce_counts(p, op.tag, route);
+  if (finishes) announce_counts(p, op.tag, true, route);
   if (finishes) __syncthreads();  // a block that is alone goes on to use the same memory
   if (static_cast<int>(blockIdx.x) < movers)
     send_rows<Source>(p, route, stage.bytes + threadIdx.x / kWarp * Source::kStage);

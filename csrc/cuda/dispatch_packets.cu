@@ -25,11 +25,10 @@ __device__ __forceinline__ void send_run(const DispatchLaunch& p, uint64_t tag, 
     const int to = __ffsll(remote != 0 ? remote : left) - 1, slot = route.slot[in_tile][to];
     left &= ~bit(to);
     if (to == c.rank)
-      store_run(p, c.rank * p.a.max_rows + slot, run, data, false);
+      Places<Packet, kRun>(p, c.rank * p.a.max_rows + slot, run).put(data);
     else
-      run.send(c.window[to] + c.dispatch_inbox + c.rank * c.dispatch_peer_bytes +
-                   static_cast<int64_t>(slot) * p.pitch,
-               p.pitch, tag, data);
+      run.send(c.window[to] + c.dispatch_outbox + static_cast<int64_t>(slot) * p.pitch, p.pitch,
+               tag, data);
   }
 }
 
@@ -63,7 +62,7 @@ struct Direct {
 #pragma unroll 1
       do {
         const int t = at / p.by_runs;
-        const Run<Packet, kRun> run{(at - t * p.runs) * kRun};
+        const Run<Packet, kRun> run((at - t * p.runs) * kRun);
         Chunk data[kRun];
         if (at < stop) load_run(p, t, run, data);
         if (!found) tiles.next(p, tile, end, tile == share.first, route);
@@ -127,14 +126,14 @@ struct Staged {
       if (in_tile == 0) tiles.next(p, t, min(t + kTile, share.last), t == share.first, route);
 #pragma unroll 1
       for (int at = threadIdx.x / kWarp; at < p.runs && !op.dead; at += warps) {
-        const Run<Packet, kRun> run{at * kRun};
+        const Run<Packet, kRun> run(at * kRun);
         Chunk data[kRun];
 #pragma unroll
         for (int u = 0; u < kRun; ++u) {
-          const bool inside = run.offset(u) < p.image_bytes;
-          const auto* words = reinterpret_cast<const uint64_t*>(image + run.offset(u));
+          const bool inside = run.chunk(u) < p.image_bytes;
+          const auto* words = reinterpret_cast<const uint64_t*>(image + run.chunk(u));
           data[u].lo = inside ? words[0] : 0;
-          data[u].hi = inside && Packet::bytes(run.lane()) == 16 ? words[1] : 0;
+          data[u].hi = inside && Packet::kLoad == 16 ? words[1] : 0;
         }
         send_run<Packet, kRun>(p, op.tag, route, in_tile, run, data);
       }
@@ -153,8 +152,12 @@ __global__ void __launch_bounds__(kMost, 1)
   const bool finishes = static_cast<int>(blockIdx.x) == last;
   if (moves) Source<Packet, kRun>::send(p, op, route);
   if (op.dead) return;
-  if (finishes) announce_counts(p, op.tag, route);
-  if (moves) receive_rows<Packet, kRun>(p, op, movers, Counts{});
+  if (finishes) announce_counts(p, op.tag, p.c.strict, route);
+  if (moves) {
+    receive_rows<Packet, kRun>(p, op, movers);
+    const int own = await_count(p, op, p.c.rank);
+    if (own >= 0) scrub_silent<Packet, kRun>(p, own, movers);
+  }
   if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, false);
 }
 

@@ -1,6 +1,7 @@
 // Dispatch of the smallest rounds, in packets. The ids of up to 128 tokens are looked at by four
-// warps at once, and from then on every warp finds slots by itself, in registers: one barrier
-// stands between the ids and the first row on its way.
+// warps at once, and from then on every warp finds slots by itself, those in all ranks at a time:
+// one barrier stands between the ids and the first row on its way. All that follows from the
+// arguments alone is computed before the kernels ahead are over.
 #include "finish.cuh"
 #include "launch.h"
 #include "receive.cuh"
@@ -12,118 +13,196 @@ namespace {
 constexpr int kMost = 512;  // threads
 constexpr int kGroups = kSmallTokens / kWarp;
 
-struct Masks {  // in shared memory
-  uint32_t of[kSmallTokens];
+// Tokens that go to each rank, a bit each; in shared memory.
+struct alignas(16) Columns {
+  uint32_t of[kSmallRanks][kGroups];
 };
 
-// Ranks of all tokens: a lane has those of tokens `lane`, `lane + 32`, ...
-struct Routes {
-  uint32_t ranks[kGroups];
+// Out of line: the way that is seldom taken must not make the other one longer.
+__device__ __noinline__ uint32_t ranks_of_any(const DispatchLaunch& p, int t) {
+  return ranks_of<uint32_t>(p, t, static_cast<int>(p.a.tokens));
+}
 
-  // A warp looks at a group of tokens, for the whole block; a barrier must follow.
-  static __device__ __forceinline__ void look(const DispatchLaunch& p, Masks& masks) {
-    const int t = threadIdx.x;
-    if (t < kSmallTokens) masks.of[t] = ranks_of<uint32_t>(p, t, static_cast<int>(p.a.tokens));
+// Looks at the ids, a thread a token; a barrier must follow.
+class Look {
+ public:
+  __device__ __forceinline__ explicit Look(const DispatchLaunch& p)
+      : exists_(threadIdx.x < p.a.tokens),
+        vectors_(p.quick_ids ? p.c.top_k * (p.a.wide_ids ? 8 : 4) / 16 : 0),
+        from_(hold(p.a.ids.row(threadIdx.x))) {}
+
+  __device__ __forceinline__ void load() { load(0); }
+
+  __device__ __forceinline__ void mark(const DispatchLaunch& p, Columns& columns) {
+    if (threadIdx.x >= kSmallTokens) return;
+    const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
+    uint32_t ranks = ranks_of_words(p);
+#pragma unroll 1
+    for (int first = kAhead; first < vectors_; first += kAhead) {
+      load(first);
+      ranks |= ranks_of_words(p);
+    }
+    if (vectors_ == 0) ranks = ranks_of_any(p, threadIdx.x);
+    ranks &= static_cast<uint32_t>(p.a.active);
+    uint32_t column = 0;  // of rank `lane`
+#pragma unroll 2
+    for (int d = 0; d < p.c.ep_size; ++d) {
+      const uint32_t going = __ballot_sync(kAllLanes, ranks >> d & 1);
+      if (lane == d) column = going;
+    }
+    columns.of[lane][group] = column;
   }
-  __device__ __forceinline__ explicit Routes(const Masks& masks) {
+
+ private:
+  static constexpr int kAhead = 2;  // vectors in flight
+
+  __device__ __forceinline__ void load(int first) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) ranks[g] = masks.of[g * kWarp + threadIdx.x % kWarp];
+    for (int i = 0; i < kAhead; ++i) {
+      words_[i] = {~0u, ~0u, ~0u, ~0u};
+      if (exists_ && first + i < vectors_)
+        words_[i] = reinterpret_cast<const uint4*>(from_)[first + i];
+    }
   }
-  __device__ __forceinline__ uint32_t of(int t) const {
-    uint32_t mine = ranks[0];
+  __device__ __forceinline__ uint32_t ranks_of_words(const DispatchLaunch& p) const {
+    const auto ranks = [&](uint32_t low, uint32_t high) {
+      const bool exists = high == 0 && low < static_cast<uint32_t>(p.c.num_experts);
+      return exists ? 1u << owner_of<true>(p.c, low) : 0u;
+    };
+    uint32_t mask = 0;
 #pragma unroll
-    for (int g = 1; g < kGroups; ++g)
-      if (t >= g * kWarp) mine = ranks[g];
-    return __shfl_sync(kAllLanes, mine, t % kWarp);
+    for (int i = 0; i < kAhead; ++i) {
+      const uint4& w = words_[i];
+      if (p.a.wide_ids)
+        mask |= ranks(w.x, w.y) | ranks(w.z, w.w);
+      else
+        mask |= ranks(w.x, 0) | ranks(w.y, 0) | ranks(w.z, 0) | ranks(w.w, 0);
+    }
+    return mask;
   }
-  // Tokens before t that go to rank d.
-  __device__ __forceinline__ int before(int t, int d) const {
-    int count = 0;
+
+  bool exists_;
+  int vectors_;
+  const uint8_t* from_;
+  uint4 words_[kAhead];
+};
+
+// A token's bit, and those of the tokens before it.
+struct Position {
+  int t, group, bit;
+  uint32_t before[kGroups];
+
+  __device__ __forceinline__ explicit Position(int token)
+      : t(hold(token)), group(hold(token / kWarp)), bit(hold(token % kWarp)) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      if (g * kWarp >= t) break;
-      const unsigned going = __ballot_sync(kAllLanes, ranks[g] >> d & 1);
-      const int left = t - g * kWarp;
-      count += __popc(left < kWarp ? going & ((1u << left) - 1) : going);
+      const int left = token - g * kWarp;
+      const uint32_t bits = left >= kWarp ? kAllLanes : left > 0 ? (1u << left) - 1 : 0u;
+      before[g] = static_cast<uint32_t>(hold(static_cast<int>(bits)));
     }
-    return count;
+  }
+  // Tokens before it that go to rank `lane`: its slot there.
+  __device__ __forceinline__ int slot(const Columns& columns) const {
+    const uint4 c = *reinterpret_cast<const uint4*>(columns.of[threadIdx.x % kWarp]);
+    return __popc(c.x & before[0]) + __popc(c.y & before[1]) + __popc(c.z & before[2]) +
+           __popc(c.w & before[3]);
+  }
+  __device__ __forceinline__ bool goes(const Columns& columns) const {
+    return (columns.of[threadIdx.x % kWarp][group] >> bit & 1) != 0;
   }
 };
 
-// A run of token t to every rank that it goes to, this one last, which has no way to go; the first
-// run of a token also notes its ranks and slots for the combine of this round.
+// A run of a row of this rank: where it comes from and goes to, as far as the arguments tell.
 template <int kRun>
-__device__ __forceinline__ void send_run(const DispatchLaunch& p, uint64_t tag,
-                                         const Routes& routes, int t, Run<Line128, kRun> run,
-                                         const Chunk (&data)[kRun]) {
-  const Context& c = p.c;
-  const bool notes = run.strip == 0 && threadIdx.x % kWarp == 0;
-  const uint32_t all = routes.of(t), self = 1u << c.rank;
-  if (notes) c.token_ranks[t] = all;
-#pragma unroll 1
-  for (uint32_t left = all; left != 0;) {
-    const uint32_t remote = left & ~self;
-    const int to = __ffs(remote != 0 ? remote : left) - 1, slot = routes.before(t, to);
-    left &= ~(1u << to);
-    if (notes) c.token_slots[t * c.ep_size + to] = slot;
-    if (to == c.rank)
-      store_run(p, c.rank * p.a.max_rows + slot, run, data, false);
-    else
-      run.send(c.window[to] + c.dispatch_inbox + c.rank * c.dispatch_peer_bytes +
-                   static_cast<int64_t>(slot) * p.pitch,
-               p.pitch, tag, data);
-  }
-}
+struct Outgoing {
+  bool exists, inside;  // all payload, in aligned memory
+  Position position;
+  Run<Line128, kRun> run;
+  const uint8_t* from;
+  Origin origin[kRun];
 
-// One warp, after its fence: counts of all tokens to all ranks, this one included.
-__device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_t tag,
-                                                const Routes& routes) {
-  const int lane = threadIdx.x % kWarp;
-  int count = 0;
-#pragma unroll 1
-  for (int d = 0; d < p.c.ep_size; ++d) {
-    const int sent = routes.before(static_cast<int>(p.a.tokens), d);
-    if (d == lane) count = sent;
+  __device__ __forceinline__ Outgoing(const DispatchLaunch& p, int index, bool moves)
+      : exists(moves && index < static_cast<int>(p.a.tokens) * p.runs),
+        position(index / p.by_runs),
+        run((index - position.t * p.runs) * kRun) {
+    const uint8_t* row = p.a.payload.row(position.t);
+    const bool whole = run.inside(p.segment[kSegmentPayload].bytes) && aligned(row, 16);
+    inside = hold(whole) != 0;
+    from = hold(row + run.chunk(0));
+    if (inside) return;
+#pragma unroll
+    for (int u = 0; u < kRun; ++u) origin[u] = Origin(p, position.t, run.chunk(u));
   }
-  if (lane < p.c.ep_size && (p.a.active >> lane & 1) != 0)
-    send_header(p.c, tag, p.facts, lane, count);
-}
+  __device__ __forceinline__ void load(const DispatchLaunch& p, Chunk (&data)[kRun]) {
+    if (!exists) return;
+    if (inside) {
+      run.load_inside(from, data);
+      return;
+    }
+#pragma unroll
+    for (int u = 0; u < kRun; ++u) origin[u].load(p, position.t, run.chunk(u));
+  }
+  // To every rank that the token goes to, this one last, which has no way to go; the first run of a
+  // token also notes its ranks and slots for the combine of this round. `outbox`: where the packets
+  // for rank `lane` begin.
+  __device__ __forceinline__ void send(const DispatchLaunch& p, uint64_t tag, uint8_t* outbox,
+                                       const Columns& columns, Chunk (&data)[kRun]) const {
+    const Context& c = p.c;
+    const int lane = threadIdx.x % kWarp, slot = position.slot(columns);
+    const uint32_t all = __ballot_sync(kAllLanes, position.goes(columns)), self = 1u << c.rank;
+    const auto packets = reinterpret_cast<uint64_t>(outbox + static_cast<int64_t>(slot) * p.pitch);
+    if (!inside) {
+#pragma unroll
+      for (int u = 0; u < kRun; ++u) data[u] = origin[u].settle(p);
+    }
+#pragma unroll 1
+    for (uint32_t left = all & ~self; left != 0; left &= left - 1) {
+      const uint64_t to = __shfl_sync(kAllLanes, packets, __ffs(left) - 1);
+      run.send(reinterpret_cast<uint8_t*>(to), p.pitch, tag, data);
+    }
+    if ((all & self) != 0) {
+      const int own = __shfl_sync(kAllLanes, slot, c.rank);
+      Places<Line128, kRun>(p, c.rank * p.a.max_rows + own, run).put(data);
+    }
+    if (run.strip() != 0) return;
+    if (lane == 0) c.token_ranks[position.t] = all;
+    if (lane < c.ep_size) c.token_slots[position.t * c.ep_size + lane] = slot;
+  }
+};
 
 template <int kRun>
 __global__ void __launch_bounds__(kMost, 1)
     dispatch_small(const DispatchLaunch __grid_constant__ p) {
-  MOE_SHARED(Masks, masks);
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  const int last = gridDim.x - 1, movers = max(last, 1);
+  MOE_SHARED(Columns, columns);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int last = gridDim.x - 1, movers = max(last, 1), tokens = static_cast<int>(p.a.tokens);
   const bool moves = static_cast<int>(blockIdx.x) < movers;
-  // The last warp has the headers: it fences while the first ones look at ids.
   const bool finishes = static_cast<int>(blockIdx.x) == last && warp == warps - 1;
-  const int total = static_cast<int>(p.a.tokens) * p.runs, stride = movers * warps;
-  int at = blockIdx.x * warps + warp, t = at / p.by_runs;
-  Run<Line128, kRun> run{(at - t * p.runs) * kRun};
+  const int stride = movers * warps, first = blockIdx.x * warps + warp;
+  Outgoing<kRun> out(p, first, moves);
+  uint8_t* const outbox = hold(p.c.window[min(lane, p.c.ep_size - 1)] + p.c.dispatch_outbox);
+  Look look(p);
   const Operation op = begin(p.c, kDispatch);
   Chunk data[kRun];
-  const bool sends = moves && at < total;
-  if (sends) load_run(p, t, run, data);
-  Routes::look(p, masks);
-  if (finishes) fence_acq_rel_sys();
+  look.load();
+  out.load(p, data);
+  look.mark(p, columns);
   __syncthreads();
   if (op.dead || !(moves || finishes)) return;
-  const Routes routes(masks);
-  if (sends) send_run(p, op.tag, routes, t, run, data);
-  if (finishes) announce_counts(p, op.tag, routes);
+  if (out.exists) out.send(p, op.tag, outbox, columns, data);
+  const int count = Position(tokens).slot(columns);  // of all tokens, to rank `lane`
+  if (finishes && lane < p.c.ep_size && (p.a.active >> lane & 1) != 0)
+    send_header(p.c, op.tag, p.facts, lane, count);
   if (moves) {
     // Only where there are more runs than warps.
 #pragma unroll 1
-    for (at += stride; at < total; at += stride) {
-      t = at / p.by_runs;
-      run.strip = (at - t * p.runs) * kRun;
-      load_run(p, t, run, data);
-      send_run(p, op.tag, routes, t, run, data);
+    for (int index = first + stride; index < tokens * p.runs; index += stride) {
+      Outgoing<kRun> next(p, index, true);
+      next.load(p, data);
+      next.send(p, op.tag, outbox, columns, data);
     }
-    Counts counts;
-    counts.know(p.c.rank, routes.before(static_cast<int>(p.a.tokens), p.c.rank));
-    receive_rows<Line128, kRun>(p, op, movers, counts);
+    scrub_silent<Line128, kRun>(p, __shfl_sync(kAllLanes, count, p.c.rank), movers);
+    receive_rows<Line128, kRun>(p, op, movers);
   }
   if (finishes) finish_dispatch(p, op, false);
 }

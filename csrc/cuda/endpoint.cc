@@ -80,6 +80,16 @@ Grid packets_grid(const Endpoint& e, int64_t runs, int run) {
 
 int64_t strips_of(int64_t pitch) { return (pitch + 2 * kCell - 1) / (2 * kCell); }
 
+bool on_chunks(const Rows& rows) {
+  return (reinterpret_cast<uintptr_t>(rows.data) | rows.stride) % kChunk == 0;
+}
+
+uint64_t all_ranks(int count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+bool ids_are_quick(const DispatchLaunch& p) {
+  return on_chunks(p.a.ids) && p.c.top_k % 4 == 0 && p.c.ep_size <= 32 && p.c.larger_end == 0;
+}
+
 const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
   const bool staged = p.a.input >= 0;
   const bool small =
@@ -142,6 +152,8 @@ void place(Context& c, const Endpoint& e) {
   for (int i = 0; i < e.geometry.num_extras; ++i) c.extra[i] = offset(kExtra + i);
   c.dispatch_peer_bytes = peer_bytes(e, kDispatchInbox);
   c.combine_peer_bytes = peer_bytes(e, kCombineInbox);
+  c.dispatch_outbox = c.dispatch_inbox + c.rank * c.dispatch_peer_bytes;
+  c.combine_outbox = c.combine_inbox + c.rank * c.combine_peer_bytes;
 }
 
 void own_experts(Context& c, const Geometry& g) {
@@ -192,12 +204,12 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
   c.token_slots = reinterpret_cast<int32_t*>(local + sizeof(State) +
                                              round_up(e.geometry.max_tokens * 8, kLine));
   c.status = status;
+  c.rank = rank;
   place(c, e);
   own_experts(c, e.geometry);
   c.timeout_ns = timeout_ns;
   c.combine_bytes = e.geometry.combine_bytes;
   c.ep_size = static_cast<int32_t>(e.geometry.ep_size);
-  c.rank = rank;
   c.num_experts = static_cast<int32_t>(e.geometry.num_experts);
   c.top_k = static_cast<int32_t>(e.geometry.top_k);
   c.hidden = static_cast<int32_t>(e.shape.hidden);
@@ -209,6 +221,7 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
   c.combine_wire = e.shape.combine_wire;
   c.scrub_all = e.shape.scrub_all;
   c.debug = e.shape.debug;
+  c.strict = !e.options.lines;
   int multiprocessors = 0;
   if (const char* error = text_of(cudaDeviceGetAttribute(
           &multiprocessors, cudaDevAttrMultiProcessorCount, e.options.device)))
@@ -232,6 +245,8 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   std::copy_n(e.extra, kMaxExtras, p.a.extra);
   p.global_scale = global_scale;
   lay_out_image(e, a.deferred, p);
+  p.quick_ids = ids_are_quick(p);
+  p.everyone = a.active == all_ranks(e.context.ep_size);
   p.pitch = static_cast<int32_t>(packet_bytes(p.image_bytes, cell_data(e)));
   e.format = static_cast<uint32_t>(a.wire) | (a.deferred ? kDeferred : 0u);
   e.tokens = a.tokens;

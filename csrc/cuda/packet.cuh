@@ -98,56 +98,54 @@ __device__ __forceinline__ void copy_bytes(uint8_t* to, const uint8_t* from, int
 
 // 128-byte lines: 120 bytes of data, 8 of tag, written and read by eight lanes at once. That a
 // line arrives whole is a property of NVLink and of the L2 (NCCL's LL128 rests on it too), not of
-// the memory model; where the link is another one, Packet16 is used. Two lines make a cell of 15
-// chunks of 16 bytes, so that all lanes but the two with tags move an aligned chunk each.
+// the memory model; where the link is another one, Packet16 is used.
+//
+// Two lines make a cell of 15 chunks of 16 bytes. The two lanes with tags share the last one: the
+// first line has its first half with the tag behind, the second line its second half with the tag
+// in front. So every lane loads an aligned chunk, and what it sends stays where it was loaded: no
+// instruction stands between a load and the next one.
 struct Line128 {
   static constexpr int kData = kCellData;  // bytes of a row that a cell carries
+  static constexpr int kLoad = 16;         // that a lane loads
 
   static __device__ __forceinline__ bool has_tag(int lane) { return (lane & 7) == 7; }
+  static __device__ __forceinline__ bool tag_in_front(int lane) { return (lane & 15) == 15; }
 
-  // Which bytes of the strip's data are this lane's.
-  static __device__ __forceinline__ int offset(int lane) {
-    const int l = lane & 15, cell = (lane >> 4) * kData;
-    return cell + (l < 7 ? 16 * l : l == 7 ? 224 : l < 15 ? 16 * (l - 1) : 232);
+  // Where in the strip's data the chunk is that this lane loads.
+  static __device__ __forceinline__ int chunk(int lane) {
+    const int l = lane & 15, index = has_tag(l) ? 14 : l - (l >> 3);
+    return (lane >> 4) * kData + 16 * index;
+  }
+  // What of it is the lane's own, to be stored where the row is put together again.
+  static __device__ __forceinline__ int offset_in_chunk(int lane) {
+    return tag_in_front(lane) ? 8 : 0;
   }
   static __device__ __forceinline__ int bytes(int lane) { return has_tag(lane) ? 8 : 16; }
-
-  // In aligned memory all lanes load a whole chunk: the two with tags share the cell's last one.
-  static __device__ __forceinline__ int load_offset(int lane) { return offset(lane) & ~15; }
-  static __device__ __forceinline__ Chunk load(const uint8_t* from, int lane) {
-    Chunk c = load_chunk(from);
-    if ((lane & 15) == 15) c.lo = c.hi;
-    return c;
-  }
-  static __device__ __forceinline__ void store(uint8_t* to, const Chunk& c, int lane) {
-    if (has_tag(lane))
-      *reinterpret_cast<uint64_t*>(to) = c.lo;
-    else
-      *reinterpret_cast<ulonglong2*>(to) = make_ulonglong2(c.lo, c.hi);
+  static __device__ __forceinline__ Chunk own(const Chunk& c, int lane) {
+    return {tag_in_front(lane) ? c.hi : c.lo, c.hi};
   }
 
   static __device__ __forceinline__ Chunk seal(Chunk data, uint64_t tag, int lane) {
-    if (has_tag(lane)) data.hi = tag;
+    if (tag_in_front(lane))
+      data.lo = tag;
+    else if (has_tag(lane))
+      data.hi = tag;
     return data;
   }
   static __device__ __forceinline__ bool fresh(const Chunk& c, uint64_t tag, int lane) {
-    return !has_tag(lane) || c.hi == tag;
+    return !has_tag(lane) || (tag_in_front(lane) ? c.lo : c.hi) == tag;
   }
 };
 
 // 16-byte packets: 8 bytes of data and 8 of tag, one access each, as the memory model promises.
 struct Packet16 {
   static constexpr int kData = 128;
+  static constexpr int kLoad = 8;
 
-  static __device__ __forceinline__ int offset(int lane) { return 8 * lane; }
+  static __device__ __forceinline__ int chunk(int lane) { return 8 * lane; }
+  static __device__ __forceinline__ int offset_in_chunk(int) { return 0; }
   static __device__ __forceinline__ int bytes(int) { return 8; }
-  static __device__ __forceinline__ int load_offset(int lane) { return offset(lane); }
-  static __device__ __forceinline__ Chunk load(const uint8_t* from, int) {
-    return {*reinterpret_cast<const uint64_t*>(from), 0};
-  }
-  static __device__ __forceinline__ void store(uint8_t* to, const Chunk& c, int) {
-    *reinterpret_cast<uint64_t*>(to) = c.lo;
-  }
+  static __device__ __forceinline__ Chunk own(const Chunk& c, int) { return c; }
   static __device__ __forceinline__ Chunk seal(Chunk data, uint64_t tag, int) {
     data.hi = tag;
     return data;

@@ -25,6 +25,20 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+// ---- registers --------------------------------------------------------------------------------
+
+// The same value, but one that the compiler keeps: left alone, it computes an address once more
+// where it is used, which takes time where there is none, to save registers where there are plenty.
+__device__ __forceinline__ int hold(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+template <class T>
+__device__ __forceinline__ T* hold(T* at) {
+  asm volatile("" : "+l"(at));
+  return at;
+}
+
 // ---- memory shared with other devices -------------------------------------------------------
 
 // 16 bytes in one access: .b128 is one to the memory model, .v4 and .v2 are several.

@@ -1,4 +1,5 @@
-// The receiving half of a dispatch in packets.
+// The two ends of a dispatch in packets: runs of rows from the caller's tensors, and into the views
+// of this rank's experts.
 #pragma once
 
 #include "row.cuh"
@@ -17,80 +18,113 @@ __device__ __forceinline__ void load_run(const DispatchLaunch& p, int t, Run<Pac
     return;
   }
 #pragma unroll
-  for (int u = 0; u < kRun; ++u)
-    data[u] = load_image(p, t, run.offset(u), Packet::bytes(run.lane()));
+  for (int u = 0; u < kRun; ++u) data[u] = load_image(p, t, run.chunk(u), Packet::kLoad);
 }
 
-// Puts a run to where this rank's experts read it, or scrubs it.
+// Where a lane puts its pieces of a run: found before the run is there.
 template <class Packet, int kRun>
-__device__ __forceinline__ void store_run(const DispatchLaunch& p, int64_t row,
-                                          Run<Packet, kRun> run, const Chunk (&data)[kRun],
-                                          bool scrub) {
-  const int payload = p.segment[kSegmentPayload].bytes, me = p.c.rank;
-  if (run.inside(payload) && !scrub) {
-    run.store(p.c.window[me] + p.c.payload + row * payload, payload, data);
-    return;
-  }
+class Places {
+ public:
+  __device__ __forceinline__ Places(const DispatchLaunch& p, int64_t index, Run<Packet, kRun> run)
+      : run_(run) {
+    const int payload = p.segment[kSegmentPayload].bytes, me = p.c.rank;
+    uint8_t* row = p.c.window[me] + p.c.payload + index * payload;
+    inside_ = run.inside(payload) && aligned(row, 16);
+    to_ = hold(row + run.offset(0));
+    if (inside_) return;
 #pragma unroll
-  for (int u = 0; u < kRun; ++u)
-    store_image(p, me, row, run.offset(u), Packet::bytes(run.lane()), data[u], scrub);
-}
+    for (int u = 0; u < kRun; ++u)
+      of_[u] = place_of(p, me, index, run.offset(u), Packet::bytes(run.lane()));
+  }
+  __device__ __forceinline__ void put(const Chunk (&data)[kRun]) const {
+    if (inside_) {
+      run_.store_inside(to_, data);
+      return;
+    }
+#pragma unroll
+    for (int u = 0; u < kRun; ++u) of_[u].put(Packet::own(data[u], run_.lane()));
+  }
+  __device__ __forceinline__ void scrub(const DispatchLaunch& p) const {
+    if (inside_) {
+      const Chunk zeros[kRun] = {};
+      if (p.c.scrub_all) run_.store_inside(to_, zeros);
+      return;
+    }
+#pragma unroll
+    for (int u = 0; u < kRun; ++u) of_[u].scrub();
+  }
 
-// Counts of the sources, as far as they have come: a lane has those of ranks `lane`, `lane + 32`.
-struct Counts {
-  int low = -1, high = -1;
-
-  static __device__ __forceinline__ int look(const DispatchLaunch& p, uint64_t tag, int source) {
-    if (source >= p.c.ep_size || (p.a.active >> source & 1) == 0) return 0;
-    return read_count(p.c, tag, source);
-  }
-  __device__ __forceinline__ void know(int source, int count) {
-    const int lane = threadIdx.x % kWarp;
-    if (lane == source) low = count;
-    if (lane + kWarp == source) high = count;
-  }
-  __device__ __forceinline__ int of(const DispatchLaunch& p, uint64_t tag, int source) {
-    const int lane = threadIdx.x % kWarp;
-    if (low < 0) low = look(p, tag, lane);
-    if (source < kWarp) return __shfl_sync(kAllLanes, low, source);
-    if (high < 0) high = look(p, tag, lane + kWarp);
-    return __shfl_sync(kAllLanes, high, source - kWarp);
-  }
+ private:
+  Run<Packet, kRun> run_;
+  bool inside_;  // all payload, in aligned memory
+  uint8_t* to_;
+  Place of_[kRun];
 };
 
-// Runs of rows that may come, a warp one after the other: unpacked, or scrubbed as padding.
+enum Arrival { kRow, kPadding, kNothing };  // the last where the round is given up
+
+// Polls a run until it is there, or known to be padding.
+template <class Packet, int kRun>
+__device__ __forceinline__ Arrival await_run(const DispatchLaunch& p, const Operation& op,
+                                             int source, int slot, Run<Packet, kRun> run,
+                                             Chunk (&data)[kRun], Wait& wait) {
+  const uint8_t* from =
+      hold(p.c.window[p.c.rank] + p.c.dispatch_inbox + source * p.c.dispatch_peer_bytes +
+           static_cast<int64_t>(slot) * p.pitch + run.at(0));
+  for (;;) {
+    const bool fresh = run.receive(from, p.pitch, op.tag, data);
+    const int count = read_count(p.c, op.tag, source);  // looked at only where there is no row
+    if (__all_sync(kAllLanes, fresh)) return kRow;
+    if (__all_sync(kAllLanes, count >= 0 && slot >= count)) return kPadding;
+    if (!keep_waiting(p.c, p.facts, op, wait, bit(source))) return kNothing;
+  }
+}
+
+// Runs of rows that may come from other ranks, a warp one after the other: unpacked, or scrubbed.
 template <class Packet, int kRun>
 __device__ __forceinline__ void receive_rows(const DispatchLaunch& p, const Operation& op,
-                                             int movers, Counts counts) {
+                                             int movers) {
   const Context& c = p.c;
   const int warps = blockDim.x / kWarp;
-  const int total = c.ep_size * static_cast<int>(p.a.max_rows) * p.runs;
+  const int total = (c.ep_size - 1) * static_cast<int>(p.a.max_rows) * p.runs;
   Wait wait;
 #pragma unroll 1
   for (int index = blockIdx.x * warps + threadIdx.x / kWarp; index < total;
        index += movers * warps) {
-    const int row = index / p.by_runs, source = row / p.by_rows;
-    const int slot = row - source * static_cast<int>(p.a.max_rows);
-    const Run<Packet, kRun> run{(index - row * p.runs) * kRun};
-    const bool silent = source == c.rank || (p.a.active >> source & 1) == 0;
-    // Nothing comes there but, perhaps, the ids of padding.
-    if (silent && !c.scrub_all &&
-        (run.strip + kRun) * 2 * Packet::kData <= p.segment[kSegmentIds].image)
-      continue;
-    const uint8_t* inbox = c.window[c.rank] + c.dispatch_inbox + source * c.dispatch_peer_bytes +
-                           static_cast<int64_t>(slot) * p.pitch;
-    for (;;) {
-      Chunk data[kRun];
-      const bool fresh = !silent && run.receive(inbox, p.pitch, op.tag, data);
-      const int count = counts.of(p, op.tag, source);
-      const bool padding = count >= 0 && slot >= count;
-      if (padding || __all_sync(kAllLanes, fresh)) {
-        store_run(p, source * p.a.max_rows + slot, run, data, padding);
-        break;
-      }
-      if (silent && count >= 0) break;  // a row of its own, stored by its sender
-      if (!keep_waiting(c, p.facts, op, wait, bit(source))) return;
-    }
+    const int row = index / p.by_runs, peer = row / p.by_rows;
+    const int slot = row - peer * static_cast<int>(p.a.max_rows);
+    const Run<Packet, kRun> run((index - row * p.runs) * kRun);
+    const int source = peer + (peer >= c.rank);
+    if ((p.a.active >> source & 1) == 0) continue;
+    const Places<Packet, kRun> places(p, source * p.a.max_rows + slot, run);
+    Chunk data[kRun];
+    const Arrival arrival = await_run(p, op, source, slot, run, data, wait);
+    if (arrival == kNothing) return;
+    if (arrival == kRow)
+      places.put(data);
+    else
+      places.scrub(p);
+  }
+}
+
+// Padding of sources that send no packets: of this rank itself, past its `own` rows, and of those
+// that are not active.
+template <class Packet, int kRun>
+__device__ __forceinline__ void scrub_silent(const DispatchLaunch& p, int own, int movers) {
+  const int warps = blockDim.x / kWarp, rows = static_cast<int>(p.a.max_rows);
+  const int first = p.c.scrub_all ? 0 : p.segment[kSegmentIds].image / (kRun * 2 * Packet::kData);
+#pragma unroll 1
+  for (int source = 0; source < p.c.ep_size; ++source) {
+    const bool silent = source == p.c.rank || (p.a.active >> source & 1) == 0;
+    const int count = source == p.c.rank ? own : 0;
+    if (!silent) continue;
+#pragma unroll 1
+    for (int slot = count + blockIdx.x * warps + threadIdx.x / kWarp; slot < rows;
+         slot += movers * warps)
+#pragma unroll 1
+      for (int index = first; index < p.runs; ++index)
+        Places<Packet, kRun>(p, source * p.a.max_rows + slot, Run<Packet, kRun>(index * kRun))
+            .scrub(p);
   }
 }
 

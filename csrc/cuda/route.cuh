@@ -29,7 +29,7 @@ __device__ __forceinline__ uint32_t owner_of(const Context& c, uint32_t expert) 
 // Whether a choice is delivered anywhere; an int64 id comes as two words.
 __device__ __forceinline__ bool routed(const DispatchLaunch& p, uint32_t low, uint32_t high) {
   const bool exists = high == 0 && low < static_cast<uint32_t>(p.c.num_experts);
-  return exists && (p.a.active >> owner_of<false>(p.c, low) & 1) != 0;
+  return exists && (p.everyone || (p.a.active >> owner_of<false>(p.c, low) & 1) != 0);
 }
 
 template <class Mask, class Id, bool kEven>
@@ -44,8 +44,8 @@ __device__ __forceinline__ Mask ranks_of(const DispatchLaunch& p, int t) {
     for (int k = 0; k < kAhead; ++k) id[k] = first + k < p.c.top_k ? ids[first + k] : Id(-1);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
-      if (id[k] < static_cast<Id>(p.c.num_experts))
-        mask |= Mask{1} << owner_of<kEven>(p.c, static_cast<uint32_t>(id[k]));
+      mask |= static_cast<Mask>(id[k] < static_cast<Id>(p.c.num_experts))
+              << (owner_of<kEven>(p.c, static_cast<uint32_t>(id[k])) & (8 * sizeof(Mask) - 1));
   }
   return mask & static_cast<Mask>(p.a.active);
 }
@@ -61,6 +61,41 @@ __device__ __forceinline__ Mask ranks_of(const DispatchLaunch& p, int t, int end
   return p.a.wide_ids ? ranks_of<Mask, uint64_t, false>(p, t)
                       : ranks_of<Mask, uint32_t, false>(p, t);
 }
+
+// Eight ids of a token in registers, from vector loads: the way where p.quick_ids allows it.
+template <class Id>
+struct Ids {
+  static constexpr int kVectors = 8 * sizeof(Id) / 16, kPerVector = 8 / kVectors;
+  uint4 words[kVectors];
+
+  // Ids from `first` on; none that exists where the token is negative.
+  __device__ __forceinline__ void load(const DispatchLaunch& p, int t, int first) {
+    const auto* from = reinterpret_cast<const uint4*>(p.a.ids.row(t) + first * sizeof(Id));
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      words[i] = {~0u, ~0u, ~0u, ~0u};
+      if (t >= 0 && first + i * kPerVector < p.c.top_k) words[i] = from[i];
+    }
+  }
+
+  __device__ __forceinline__ uint32_t ranks(const Context& c) const {
+    uint32_t mask = 0;
+    const auto add = [&](uint32_t low, uint32_t high) {
+      const bool exists = high == 0 && low < static_cast<uint32_t>(c.num_experts);
+      mask |= exists ? 1u << owner_of<true>(c, low) : 0u;
+    };
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const uint4& w = words[i];
+      if constexpr (sizeof(Id) == 4) {
+        add(w.x, 0), add(w.y, 0), add(w.z, 0), add(w.w, 0);
+      } else {
+        add(w.x, w.y), add(w.z, w.w);
+      }
+    }
+    return mask;
+  }
+};
 
 // The warps of a block count what the tokens before `first` send, in `part`; the first warp looks
 // at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
@@ -154,11 +189,11 @@ struct Tiles {
 
 // A whole block counts all tokens of this rank and announces the counts; also to this rank itself,
 // whose other blocks read them there.
-__device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_t tag,
+__device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_t tag, bool fence,
                                                 Route& route) {
   const int total = static_cast<int>(p.a.tokens);
   // Here, and not before the stores, so that it costs no time of its own.
-  if (threadIdx.x < kWarp) fence_acq_rel_sys();
+  if (fence && threadIdx.x < kWarp) fence_acq_rel_sys();
   if (total > 0) look_at_tokens(p, total, total, route);
   __syncthreads();
   if (threadIdx.x >= kWarp) return;

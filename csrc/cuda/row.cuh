@@ -58,30 +58,111 @@ __device__ __forceinline__ Chunk load_image(const DispatchLaunch& p, int t, int 
   return load_odd_bytes(rows.row(t) + at, valid);
 }
 
-// Puts `count` bytes of a row's image to where the experts read them; `row` is source * R + slot.
-// With `scrub` the row is padding: the invalid ids and weights of 0 go there, and, if asked for,
-// zeros in place of payload and scales.
-__device__ __forceinline__ void store_image(const DispatchLaunch& p, int owner, int64_t row,
-                                            int offset, int count, Chunk data, bool scrub) {
+// Out of line, as the other ways of odd bytes.
+static __device__ __noinline__ Chunk load_odd_image(const DispatchLaunch& p, int t, int offset) {
+  return load_image(p, t, offset, 16);
+}
+
+// Where 16 bytes of a row's image come from, as far as the arguments tell: found before the kernels
+// ahead are over, loaded as soon as they are, settled when they are needed.
+class Origin {
+ public:
+  Origin() = default;
+  __device__ __forceinline__ Origin(const DispatchLaunch& p, int t, int offset) {
+    const Segment& payload = p.segment[kSegmentPayload];
+    const int i = offset + 16 <= payload.bytes ? kSegmentPayload : segment_at(p, offset);
+    const int at = offset - p.segment[i].image;
+    const bool choices = i == kSegmentIds || i == kSegmentWeights;
+    const Rows& rows = i == kSegmentPayload   ? p.a.payload
+                       : i == kSegmentScales  ? p.a.scales
+                       : i == kSegmentIds     ? p.a.ids
+                       : i == kSegmentWeights ? p.a.weights
+                                              : p.a.extra[i - 4];
+    from_ = rows.row(t) + at;
+    ids_ = p.a.ids.row(t) + at;
+    const bool whole = at + 16 <= p.segment[i].bytes && aligned(from_, 16) &&
+                       (!choices || (!p.a.wide_ids && aligned(ids_, 16)));
+    kind_ = offset >= p.image_bytes ? kNothing
+            : !whole                ? kOdd
+            : i == kSegmentIds      ? kIds
+            : i == kSegmentWeights  ? kWeights
+                                    : kBytes;
+    from_ = hold(from_);
+    ids_ = hold(ids_);
+    kind_ = hold(kind_);
+  }
+  __device__ __forceinline__ void load(const DispatchLaunch& p, int t, int offset) {
+    data_ = words_ = {0, 0};
+    if (kind_ > kOdd) data_ = load_chunk(from_);
+    if (kind_ > kIds) words_ = load_chunk(ids_);
+    if (kind_ == kOdd) data_ = load_odd_image(p, t, offset);
+  }
+  // A choice that routes nowhere travels as the invalid id with weight 0.
+  __device__ __forceinline__ Chunk settle(const DispatchLaunch& p) const {
+    if (kind_ < kIds) return data_;
+    const Chunk ids = kind_ == kIds ? data_ : words_;
+    const uint32_t id[4] = {static_cast<uint32_t>(ids.lo), static_cast<uint32_t>(ids.lo >> 32),
+                            static_cast<uint32_t>(ids.hi), static_cast<uint32_t>(ids.hi >> 32)};
+    const uint64_t nowhere = kind_ == kIds ? static_cast<uint32_t>(p.c.invalid_id) : 0u;
+    constexpr uint64_t kLow = 0xFFFFFFFFu;
+    Chunk c = data_;
+    if (!routed(p, id[0], 0)) c.lo = (c.lo & ~kLow) | nowhere;
+    if (!routed(p, id[1], 0)) c.lo = (c.lo & kLow) | nowhere << 32;
+    if (!routed(p, id[2], 0)) c.hi = (c.hi & ~kLow) | nowhere;
+    if (!routed(p, id[3], 0)) c.hi = (c.hi & kLow) | nowhere << 32;
+    return c;
+  }
+
+ private:
+  enum Kind { kNothing, kOdd, kBytes, kIds, kWeights };
+  int kind_ = kNothing;
+  const uint8_t* from_;
+  const uint8_t* ids_;
+  Chunk data_, words_;
+};
+
+// Where `count` bytes of a row's image belong in the window of `owner`; what to put there if the
+// row is padding: the invalid ids and weights of 0, and, if asked for, zeros in place of payload
+// and scales.
+struct Place {
+  uint8_t* to;
+  int count;
+  bool scrubbed;
+  uint32_t fill;
+
+  __device__ __forceinline__ void put(const Chunk& data) const {
+    if (count > 0) store_bytes(to, data, count);
+  }
+  __device__ __forceinline__ void scrub() const {
+    const uint64_t words = fill | static_cast<uint64_t>(fill) << 32;
+    if (scrubbed) put({words, words});
+  }
+};
+
+// `row` is source * R + slot.
+__device__ __forceinline__ Place place_of(const DispatchLaunch& p, int owner, int64_t row,
+                                          int offset, int count) {
   const int payload = p.segment[kSegmentPayload].bytes;
   uint8_t* window = p.c.window[owner];
-  if (scrub) data = {0, 0};
-  if (offset + count <= payload) {
-    if (!scrub || p.c.scrub_all)
-      store_bytes(window + p.c.payload + row * payload + offset, data, count);
-    return;
-  }
-  if (offset >= p.image_bytes) return;
+  if (offset + count <= payload)
+    return {window + p.c.payload + row * payload + offset, count, p.c.scrub_all, 0};
+  if (offset >= p.image_bytes) return {window, 0, false, 0};
   const int i = segment_at(p, offset);
   const Segment& s = p.segment[i];
-  const int at = offset - s.image, valid = min(count, s.bytes - at);
-  if (scrub && !(i == kSegmentIds || i == kSegmentWeights || (p.c.scrub_all && i < kSegmentIds)))
-    return;
-  if (scrub && i == kSegmentIds) {
-    const uint64_t id = static_cast<uint32_t>(p.c.invalid_id);
-    data = {id | id << 32, id | id << 32};
-  }
-  if (valid > 0) store_bytes(window + s.region + row * s.bytes + at, data, valid);
+  const int at = offset - s.image;
+  const bool choices = i == kSegmentIds || i == kSegmentWeights;
+  return {window + s.region + row * s.bytes + at, min(count, s.bytes - at),
+          choices || (p.c.scrub_all && i < kSegmentIds),
+          i == kSegmentIds ? static_cast<uint32_t>(p.c.invalid_id) : 0u};
+}
+
+__device__ __forceinline__ void store_image(const DispatchLaunch& p, int owner, int64_t row,
+                                            int offset, int count, Chunk data, bool scrub) {
+  const Place place = place_of(p, owner, row, offset, count);
+  if (scrub)
+    place.scrub();
+  else
+    place.put(data);
 }
 
 }  // namespace moe_a2a::cuda

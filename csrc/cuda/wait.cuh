@@ -41,9 +41,13 @@ __device__ __forceinline__ Chunk* header_line(const Context& c, Phase phase, int
   return reinterpret_cast<Chunk*>(c.control(owner, row, from));
 }
 
-// After a fence by the same thread, once a kernel: the release by which everything that this rank
-// did before its kernel (its blocks' own stores excepted) happens before what a peer does after it
-// has read the header. It may then write where this rank read.
+// By it a peer knows that this rank's earlier operations are over: it may then write where they
+// read. In bulk the same warp fences at system scope before, which makes the header a release. In
+// packets it does so only where the memory model is taken at its word (c.strict): that fence takes
+// 0.6 us, longer than the way to the first packet, and what it orders are accesses of kernels
+// before this one to memory of this GPU. Those were performed, in its own L2, when
+// wait_for_earlier_kernels() returned (and at the kernel's start, where there is no early launch);
+// what a peer writes comes to the same L2, and later than the header.
 __device__ __forceinline__ void send_header(const Context& c, uint64_t tag, const RoundFacts& f,
                                             int to, int count) {
   Chunk* line = header_line(c, static_cast<Phase>(f.phase), to, c.rank);
@@ -98,6 +102,19 @@ __device__ __forceinline__ bool keep_waiting(const Context& c, const RoundFacts&
   if ((++w.polls & 63) != 0) return true;
   w.start = look_around(c, facts, op, w.start, suspects);
   return w.start != 0;
+}
+
+// A source's count; the warp waits for it. Negative where the round is given up.
+__device__ __forceinline__ int await_count(const DispatchLaunch& p, const Operation& op,
+                                           int source) {
+  if ((p.a.active >> source & 1) == 0) return 0;
+  Wait wait;
+  int count = read_count(p.c, op.tag, source);
+  while (__any_sync(kAllLanes, count < 0)) {
+    if (!keep_waiting(p.c, p.facts, op, wait, bit(source))) return -1;
+    count = read_count(p.c, op.tag, source);
+  }
+  return count;
 }
 
 // ---- the wait that ends every operation -------------------------------------------------------

@@ -11,6 +11,10 @@ namespace moe_a2a::cuda {
 
 inline void wait_for_earlier_kernels() {}
 inline void allow_next_kernel() {}
+template <class T>
+inline T hold(T v) {
+  return v;
+}
 
 struct alignas(16) Chunk {
   uint64_t lo, hi;
