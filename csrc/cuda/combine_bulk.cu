@@ -1,202 +1,62 @@
-// Combine of a large round. In every block some warps push rows into the inboxes of the ranks they
-// came from, one warp raises the flags of rows that are through, and the others sum what has
-// arrived, token by token, while the rest is on its way: summing at the end would cost as long as a
-// quarter of the transfer.
+// Combine of a large round. In every block some warps make rows for the ranks they came from, one
+// ships them into the inboxes there (push.cuh), and the others sum what has arrived, token by
+// token, while the rest is on its way: summing at the end would cost as long as a quarter of the
+// transfer.
 #include "finish.cuh"
 #include "launch.h"
-#include "sum.cuh"
+#include "push.cuh"
 #include "wait_failed.cuh"
 
 namespace moe_a2a::cuda {
 namespace {
 
 constexpr int kMost = 512;  // threads
-// That push: a row at a time, together, so that rows are complete one after the other and not all
-// at the end.
-template <class Row>
-constexpr int kPushWarps = Row::kQuantized ? 8 : 4;
-template <class Row>
-constexpr int kFirstSummer = kPushWarps<Row> + 1;
+constexpr int kShipper = kPushWarps, kFirstSummer = kPushWarps + 1;
 
-// How many units of the block each of its pushing warps has behind it; in shared memory.
-struct Progress {
-  uint32_t units[8];
-};
+template <int kScalar>
+constexpr int kSteps = kScalar == kScalarFp32 ? kPartStepsFp32 : kPartSteps;
 
-// The tag of a line that carries no data. Only tags are ever stored in this place of a line, so
-// that nothing that a small round left there can look like this round's flag.
-__device__ __forceinline__ uint64_t* flag(const CombineLaunch& p, int owner, int from, int index) {
-  uint8_t* line = p.c.window[owner] + p.flags + from * p.flags_per_source + index * kLine;
-  return reinterpret_cast<uint64_t*>(line + kLine - 8);
-}
+// Where the rows of a token are.
+struct Places {
+  uint64_t ranks = 0;
+  int low = 0, high = 0;  // slots in ranks `lane` and `lane + 32`
 
-// Columns of a part of a row: whole steps of a warp.
-struct Columns {
-  int first, last;
-
-  __device__ __forceinline__ Columns(const CombineLaunch& p, int part, int parts) {
-    const int steps = (p.c.hidden + kWarpColumns - 1) / kWarpColumns;
-    first = min(steps * part / parts * kWarpColumns, p.c.hidden);
-    last = min(steps * (part + 1) / parts * kWarpColumns, p.c.hidden);
-  }
-};
-
-__device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner, int from,
-                                              int slot) {
-  return p.c.window[owner] + p.c.combine +
-         (static_cast<int64_t>(from) * p.c.max_tokens + slot) * p.c.combine_bytes;
-}
-
-// ---- pushing ---------------------------------------------------------------------------------
-
-// What a block pushes: chunks of rows that share a flag, in the order in which the peers sum them.
-// By slot first, a peer after the other, each rank beginning with the one after it.
-struct Units {
-  int chunks = 0, peers;  // of the fullest source
-
-  __device__ __forceinline__ explicit Units(const CombineLaunch& p) : peers(p.c.ep_size - 1) {
+  __device__ __forceinline__ Places(const CombineLaunch& p, int token) {
     const Context& c = p.c;
-    uint32_t most = 0;
-    for (int s = threadIdx.x % kWarp; s < c.ep_size; s += kWarp)
-      if (s != c.rank) most = max(most, static_cast<uint32_t>(c.state->received[s]));
-    most = largest_of_lanes<kWarp>(most);
-    chunks = (static_cast<int>(most) + p.rows_per_flag - 1) / p.rows_per_flag;
+    if (token >= p.tokens) return;
+    const int lane = threadIdx.x % kWarp;
+    const int32_t* slots = c.token_slots + static_cast<int64_t>(token) * c.ep_size;
+    ranks = c.token_ranks[token];
+    if (lane < c.ep_size) low = slots[lane];
+    if (lane + kWarp < c.ep_size) high = slots[lane + kWarp];
   }
-  // Units of this block.
-  __device__ __forceinline__ int count() const {
-    const int all = chunks * peers, block = blockIdx.x, grid = gridDim.x;
-    return (all - block + grid - 1) / grid;
-  }
-};
-
-struct Unit {
-  int source, first, last, flag;  // rows [first, last) of a source
-
-  __device__ __forceinline__ Unit(const CombineLaunch& p, const Units& units, int index) {
-    const Context& c = p.c;
-    const int unit = blockIdx.x + index * gridDim.x;
-    flag = unit / units.peers;
-    source = c.rank + 1 + unit - flag * units.peers;
-    if (source >= c.ep_size) source -= c.ep_size;
-    first = flag * p.rows_per_flag;
-    last = min(first + p.rows_per_flag, c.state->received[source]);
-  }
-};
-
-__device__ __forceinline__ void push_plain(const CombineLaunch& p, const uint8_t* y, uint8_t* inbox,
-                                           Columns columns) {
-  constexpr int kAhead = 7;  // loads in flight
-  const int item = p.a.scalar == kScalarFp32 ? 4 : 2, lane = threadIdx.x % kWarp;
-  const int end = columns.last * item;
-#pragma unroll 1
-  for (int at = columns.first * item + lane * 16; at < end; at += kAhead * kWarp * 16) {
-    Chunk data[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      if (at + u * kWarp * 16 < end) data[u] = load_bytes(y + at + u * kWarp * 16, 16);
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      if (at + u * kWarp * 16 < end) store_bytes(inbox + at + u * kWarp * 16, data[u], 16);
-  }
-}
-
-__device__ __forceinline__ void push_quantized(const CombineLaunch& p, const uint8_t* y,
-                                               uint8_t* inbox, Columns columns, uint8_t* stage) {
-  const Context& c = p.c;
-  const int lane = threadIdx.x % kWarp;
-  const QuantizeRow r(y, p.a.scalar, c.combine_wire, c.hidden, c.hidden, nullptr);
-  uint8_t* stage_scales = stage + kStageColumns;
-#pragma unroll 1
-  for (int col = columns.first; col < columns.last; col += kStageColumns) {
-    const int last = min(col + kStageColumns, columns.last);
-    const int first_scale = scale_bytes(c.combine_wire, col);
-    quantize_columns<4>(r, col, last, stage - col, stage_scales - first_scale);
-    __syncwarp();
-    copy_bytes(inbox + col, stage, last - col, lane);
-    copy_bytes(inbox + c.hidden + first_scale, stage_scales,
-               scale_bytes(c.combine_wire, last) - first_scale, lane);
-    __syncwarp();
-  }
-}
-
-template <class Row>
-__device__ __forceinline__ void push_rows(const CombineLaunch& p, Progress& progress,
-                                          uint8_t* stage) {
-  const Context& c = p.c;
-  const int warp = threadIdx.x / kWarp;
-  const Units units(p);
-  const int count = units.count();
-  const Columns columns(p, warp, kPushWarps<Row>);
-#pragma unroll 1
-  for (int index = 0; index < count; ++index) {
-    const Unit unit(p, units, index);
-#pragma unroll 1
-    for (int slot = unit.first; slot < unit.last; ++slot) {
-      const uint8_t* y = p.a.y + unit.source * p.a.source_stride + slot * p.a.row_stride;
-      uint8_t* inbox = inbox_row(p, unit.source, c.rank, slot);
-      if constexpr (Row::kQuantized)
-        push_quantized(p, y, inbox, columns, stage);
-      else
-        push_plain(p, y, inbox, columns);
-    }
-    __syncwarp();
-    // Release: what the lanes stored, ordered before this lane by the barrier, happens before.
-    if (threadIdx.x % kWarp == 0) store_release_block(&progress.units[warp], index + 1);
-  }
-}
-
-// One warp raises the flags of the units that all pushing warps have behind them. A fence for as
-// many as have come to an end since the last one, so that no warp that pushes waits for its stores
-// to arrive.
-template <class Row>
-__device__ __forceinline__ void raise_flags(const CombineLaunch& p, uint64_t tag,
-                                            const Progress& progress) {
-  const int lane = threadIdx.x % kWarp;
-  const Units units(p);
-  const int count = units.count();
-  int raised = 0;
-  while (raised < count) {
-    // Acquire: the stores of the warps happen before the fence, and so before the flags.
-    const uint32_t own = load_acquire_block(&progress.units[lane % kPushWarps<Row>]);
-    const int through = static_cast<int>(__reduce_min_sync(kAllLanes, own));
-    if (through == raised) continue;
-    __syncwarp();  // what one lane has acquired, all have before they fence
-    fence_acq_rel_sys();
-    for (int index = raised + lane; index < through; index += kWarp) {
-      const Unit unit(p, units, index);
-      if (unit.first < unit.last) store_relaxed_sys(flag(p, unit.source, p.c.rank, unit.flag), tag);
-    }
-    raised = through;
-  }
-}
-
-// ---- summing ---------------------------------------------------------------------------------
-
-// Slots of a token: in ranks `lane` and `lane + 32`.
-struct Slots {
-  int low, high;
-  __device__ __forceinline__ int of(int rank) const {
+  __device__ __forceinline__ bool has(int rank) const { return (ranks >> rank & 1) != 0; }
+  __device__ __forceinline__ int slot(int rank) const {
     return __shfl_sync(kAllLanes, rank < kWarp ? low : high, rank % kWarp);
   }
 };
 
-// Until the rows of a token have come from all `ranks`: a lane polls the flag of each.
-__device__ __forceinline__ bool await_rows(const CombineLaunch& p, uint64_t ranks,
-                                           const Slots& slots, const Operation& op) {
+// The flag of a rank's row; null where none is to be waited for.
+__device__ __forceinline__ const uint64_t* flag_of(const CombineLaunch& p, const Places& places,
+                                                   int rank, int slot) {
+  if (rank >= p.c.ep_size || rank == p.c.rank || !places.has(rank)) return nullptr;
+  return flag(p, p.c.rank, rank, slot / p.rows_per_flag);
+}
+
+// Until the rows of a token have come from all its ranks: a lane polls the flag of each.
+__device__ __forceinline__ bool await_rows(const CombineLaunch& p, const Places& places,
+                                           const Operation& op) {
   Wait wait;
   const int lane = threadIdx.x % kWarp;
-  const auto here = [&](int rank, int slot) {
-    if (rank >= p.c.ep_size || (ranks >> rank & 1) == 0 || rank == p.c.rank) return true;
-    return load_acquire_sys(flag(p, p.c.rank, rank, slot / p.rows_per_flag)) == op.tag;
-  };
-  bool low = false, high = p.c.ep_size <= kWarp;
+  const uint64_t* low = flag_of(p, places, lane, places.low);
+  const uint64_t* high = flag_of(p, places, lane + kWarp, places.high);
   for (;;) {
-    low = low || here(lane, slots.low);
-    high = high || here(lane + kWarp, slots.high);
-    const unsigned missing = __ballot_sync(kAllLanes, !low);
-    const unsigned missing_high = __ballot_sync(kAllLanes, !high);
+    if (low != nullptr && load_acquire_sys(low) == op.tag) low = nullptr;
+    if (high != nullptr && load_acquire_sys(high) == op.tag) high = nullptr;
+    const unsigned missing = __ballot_sync(kAllLanes, low != nullptr);
+    const unsigned missing_high = __ballot_sync(kAllLanes, high != nullptr);
     if ((missing | missing_high) == 0) break;
-    __nanosleep(100);  // hundreds of warps wait while rows arrive, and their polls take bandwidth
+    __nanosleep(40);  // hundreds of warps wait while rows arrive, and their polls take bandwidth
     if (!keep_waiting(p.c, p.facts, op, wait,
                       missing | static_cast<uint64_t>(missing_high) << kWarp))
       return false;
@@ -205,122 +65,151 @@ __device__ __forceinline__ bool await_rows(const CombineLaunch& p, uint64_t rank
   return true;
 }
 
-constexpr int kAhead = 4;  // steps whose loads are in flight
+// A lane's columns of a part of a row: whole steps of its warp, at most kSteps.
+struct Columns {
+  int first, last;
 
-// Adds a row from memory: an inbox row, or, unquantized, one of y.
-template <class Row>
-__device__ __forceinline__ void add_row(const InboxRow& row, int first, int last,
-                                        float (&sum)[kAhead][kColumns]) {
-  typename Row::Loaded loaded[kAhead] = {};
-#pragma unroll
-  for (int u = 0; u < kAhead; ++u)
-    if (first + u * kWarpColumns < last) loaded[u] = Row::load(row, first + u * kWarpColumns);
-#pragma unroll
-  for (int u = 0; u < kAhead; ++u) Row::add(loaded[u], sum[u]);
-}
-
-// Adds the rank's own row of y, quantized and decoded like everyone's.
-template <class Row>
-__device__ __forceinline__ void add_own_row(const uint8_t* y, int scalar, int first, int last,
-                                            float (&sum)[kAhead][kColumns]) {
-  RawColumns raw[kAhead];
-#pragma unroll
-  for (int u = 0; u < kAhead; ++u)
-    if (first + u * kWarpColumns < last) raw[u] = load_columns(y, scalar, first + u * kWarpColumns);
-#pragma unroll
-  for (int u = 0; u < kAhead; ++u) {
-    float v[kColumns];
-    decode_columns(raw[u], scalar, v);
-    Row::add(Row::quantize(v), sum[u]);
+  __device__ __forceinline__ Columns(const CombineLaunch& p, int part) {
+    const int steps = (p.c.hidden + kWarpColumns - 1) / kWarpColumns;
+    first = steps * part / p.parts * kWarpColumns + threadIdx.x % kWarp * kColumns;
+    last = min(steps * (part + 1) / p.parts * kWarpColumns, p.c.hidden);
   }
-}
-
-template <class Row>
-__device__ __forceinline__ void sum_columns(const CombineLaunch& p, int token, uint64_t all,
-                                            const Slots& slots, Columns columns) {
-  const Context& c = p.c;
-  uint8_t* out = p.a.out + token * p.a.out_stride;
-#pragma unroll 1
-  for (int step = columns.first; step < columns.last; step += kAhead * kWarpColumns) {
-    const int first = step + static_cast<int>(threadIdx.x % kWarp) * kColumns;
-    float sum[kAhead][kColumns] = {};
-#pragma unroll 1
-    for (uint64_t ranks = all; ranks != 0; ranks &= ranks - 1) {
-      const int rank = __ffsll(ranks) - 1, slot = slots.of(rank);
-      const bool own = rank == c.rank;
-      const uint8_t* y = p.a.y + rank * p.a.source_stride + slot * p.a.row_stride;
-      if constexpr (Row::kQuantized) {
-        if (own) {
-          add_own_row<Row>(y, p.a.scalar, first, columns.last, sum);
-          continue;
-        }
-      }
-      const uint8_t* row = own ? y : inbox_row(p, c.rank, rank, slot);
-      add_row<Row>({row, c.hidden}, first, columns.last, sum);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      if (first + u * kWarpColumns < columns.last)
-        store_sums(out, p.a.scalar, first + u * kWarpColumns, sum[u]);
-  }
-}
-
-template <class Row>
-__device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation& op) {
-  const int lane = threadIdx.x % kWarp, summers = blockDim.x / kWarp - kFirstSummer<Row>;
-  const int warp = blockIdx.x * summers + threadIdx.x / kWarp - kFirstSummer<Row>;
-  const Context& c = p.c;
-#pragma unroll 1
-  for (int unit = warp; unit < p.tokens * p.parts; unit += gridDim.x * summers) {
-    const int token = unit / p.parts;
-    const uint64_t ranks = c.token_ranks[token];
-    const int32_t* row = c.token_slots + static_cast<int64_t>(token) * c.ep_size;
-    const Slots slots{lane < c.ep_size ? row[lane] : 0,
-                      lane + kWarp < c.ep_size ? row[lane + kWarp] : 0};
-    if (!await_rows(p, ranks, slots, op)) return;
-    sum_columns<Row>(p, token, ranks, slots, Columns(p, unit - token * p.parts, p.parts));
-  }
-}
-
-template <class Row>
-struct alignas(16) Stage {  // in shared memory
-  uint8_t bytes[Row::kQuantized ? kPushWarps<Row> * kStageBytes : 16];
+  __device__ __forceinline__ int at(int u) const { return first + u * kWarpColumns; }
+  __device__ __forceinline__ bool inside(int u) const { return at(u) < last; }
 };
 
-template <class Row>
+// Rows of a part, in the order of ranks, two at a time: what is to be loaded of both is asked for
+// before one is added. `own`: the own row's columns, asked for earlier still.
+template <class Row, int kScalar>
+__device__ __forceinline__ void add_rows(const CombineLaunch& p, const Places& places,
+                                         const Columns& columns, RawColumns (&own)[kSteps<kScalar>],
+                                         float (&sum)[kSteps<kScalar>][kColumns]) {
+  constexpr int kRows = 2;
+  const int me = p.c.rank;
+#pragma unroll 1
+  for (uint64_t left = places.ranks; left != 0;) {
+    const bool begins = left == places.ranks;
+    int rank[kRows];
+    typename Row::Loaded loaded[kRows][kSteps<kScalar>];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      rank[r] = left == 0 ? -1 : __ffsll(left) - 1;
+      left &= left - 1;
+      if (rank[r] < 0 || rank[r] == me) continue;
+      const InboxRow row{inbox_row(p, me, rank[r], places.slot(rank[r])), p.c.hidden};
+#pragma unroll
+      for (int u = 0; u < kSteps<kScalar>; ++u)
+        loaded[r][u] = Row::load(row, min(columns.at(u), columns.last - kColumns));
+    }
+    // Quantized, if at all, while the others are being loaded.
+    if (begins && places.has(me)) Row::template prepare<kScalar>(own);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (rank[r] < 0) break;
+#pragma unroll
+      for (int u = 0; u < kSteps<kScalar>; ++u) {
+        if (rank[r] == me) loaded[r][u] = Row::prepared(own[u]);
+        Row::add(loaded[r][u], sum[u]);
+      }
+    }
+  }
+}
+
+// False once the operation is given up.
+template <class Row, int kScalar>
+__device__ __forceinline__ bool sum_part(const CombineLaunch& p, const Operation& op, int token,
+                                         const Columns& columns, const Places& places) {
+  const int me = p.c.rank;
+  RawColumns own[kSteps<kScalar>];
+  if (places.has(me)) {
+    const uint8_t* y = p.a.y + me * p.a.source_stride + places.slot(me) * p.a.row_stride;
+    load_row<kScalar>(y, columns.first, kWarpColumns, columns.last, own);
+  }
+  if (!await_rows(p, places, op)) return false;
+  float sum[kSteps<kScalar>][kColumns] = {};
+  add_rows<Row, kScalar>(p, places, columns, own, sum);
+  uint8_t* out = p.a.out + token * p.a.out_stride;
+#pragma unroll
+  for (int u = 0; u < kSteps<kScalar>; ++u)
+    if (columns.inside(u)) store_sums<kScalar>(out, columns.at(u), sum[u]);
+  return true;
+}
+
+template <class Row, int kScalar>
+__device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation& op) {
+  const int summers = blockDim.x / kWarp - kFirstSummer, stride = gridDim.x * summers;
+  int unit = blockIdx.x * summers + threadIdx.x / kWarp - kFirstSummer;
+  int token = unit / p.parts;
+  Places places(p, token);
+#pragma unroll 1
+  while (token < p.tokens) {
+    const int following = (unit + stride) / p.parts;
+    const Places next(p, following);  // known by the time that this token is summed
+    if (!sum_part<Row, kScalar>(p, op, token, Columns(p, unit - token * p.parts), places)) return;
+    unit += stride;
+    token = following;
+    places = next;
+  }
+}
+
+template <class Row, int kScalar>
 __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __grid_constant__ p) {
-  MOE_SHARED(Stage<Row>, stage);
+  MOE_DYNAMIC_SHARED(stages);
   MOE_SHARED(Progress, progress);
   const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x < 8) progress.units[threadIdx.x] = 0;
+  if (threadIdx.x < kPushWarps) progress.made[threadIdx.x] = 0;
+  if (threadIdx.x == 0) progress.complete = progress.dead = 0;
   __syncthreads();
+  Units units(p);
   const Operation op = begin(p.c, kCombineOp);
-  if (op.dead) return;
-  if (warp < kPushWarps<Row>) {
-    push_rows<Row>(p, progress, stage.bytes + (Row::kQuantized ? warp * kStageBytes : 0));
-  } else if (warp > kPushWarps<Row>) {
-    sum_rows<Row>(p, op);
-  } else {
-    if (blockIdx.x == 0) send_combine_headers(p, op.tag, true);
-    raise_flags<Row>(p, op.tag, progress);
+  units.count(p);  // asked for together with the words above
+  // Warps wait for each other, so they have to agree, also if another block gives up just now.
+  if (op.dead) progress.dead = 1;
+  __syncthreads();
+  if (progress.dead != 0) return;
+  if (warp < kPushWarps) {
+    push_rows<Row, kScalar>(p, units, progress, stages);
+  } else if (warp == kShipper) {
+    ship_rows<Row>(p, units, op.tag, progress, stages);
     if (blockIdx.x == 0) finish_combine(p, op);
+  } else {
+    // Not by the warp that ships: a fence would hold up its first row.
+    if (blockIdx.x == 0 && warp == kFirstSummer) send_combine_headers(p, op.tag, true);
+    sum_rows<Row, kScalar>(p, op);
   }
+}
+
+template <int kWire>
+const void* quantized_kernel(int scalar) {
+  switch (scalar) {
+    case kScalarBf16:
+      return reinterpret_cast<const void*>(combine_bulk<Scaled<kWire>, kScalarBf16>);
+    case kScalarFp16:
+      return reinterpret_cast<const void*>(combine_bulk<Scaled<kWire>, kScalarFp16>);
+    default:
+      return reinterpret_cast<const void*>(combine_bulk<Scaled<kWire>, kScalarFp32>);
+  }
+}
+
+template <int kScalar>
+const void* plain_kernel() {
+  return reinterpret_cast<const void*>(combine_bulk<Plain<kScalar>, kScalar>);
 }
 
 }  // namespace
 
-const void* combine_bulk_kernel(int combine_wire) {
+const void* combine_bulk_kernel(int combine_wire, int scalar) {
   switch (combine_wire) {
     case kBf16:
-      return reinterpret_cast<const void*>(combine_bulk<Plain<kScalarBf16>>);
+      return plain_kernel<kScalarBf16>();
     case kFp16:
-      return reinterpret_cast<const void*>(combine_bulk<Plain<kScalarFp16>>);
+      return plain_kernel<kScalarFp16>();
     case kFp32:
-      return reinterpret_cast<const void*>(combine_bulk<Plain<kScalarFp32>>);
+      return plain_kernel<kScalarFp32>();
     case kFp8Block128:
-      return reinterpret_cast<const void*>(combine_bulk<Scaled<kFp8Block128>>);
+      return quantized_kernel<kFp8Block128>(scalar);
     default:
-      return reinterpret_cast<const void*>(combine_bulk<Scaled<kMxfp8>>);
+      return quantized_kernel<kMxfp8>(scalar);
   }
 }
 

@@ -109,6 +109,14 @@ struct DispatchLaunch {
   RoundFacts facts;
 };
 
+// A combine in bulk stages rows in shared memory, in pieces: bytes of a plain row, codes of a
+// quantized one with their scales.
+constexpr int kStages = 4;
+constexpr int kPlainPiece = 16 << 10, kQuantizedPiece = 8 << 10;
+// Steps of a warp, 256 columns each, that a part of a sum has at most, by the dtype of y: what a
+// warp has registers for.
+constexpr int kPartSteps = 4, kPartStepsFp32 = 2;
+
 // Arguments of the combine kernels.
 struct CombineLaunch {
   Context c;
@@ -116,7 +124,8 @@ struct CombineLaunch {
   int32_t tokens, max_rows;
   int32_t pitch, runs;  // bytes and runs of strips of a row in the inbox
   FastDivisor by_runs, by_rows;
-  int32_t parts;  // that a token is summed in, in bulk
+  // In bulk: parts that a token is summed in, pieces that a row is staged in, bytes of a stage.
+  int32_t parts, pieces, stage_bytes;
   int32_t rows_per_flag;
   int64_t flags;             // offset of the first source's flags in a window
   int64_t flags_per_source;  // bytes

@@ -125,19 +125,41 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
   return launch(e, dispatch_bulk_kernel(quantizes), {blocks, kThreads, 0}, &p, stream);
 }
 
-// Where the flags of a bulk combine are: the tags of lines that carry no data, a source's own lines
+// Where the flags of a bulk combine are: the tags of cells that carry no data, a source's own cells
 // of the inbox, or, where it has none, its line of the control region.
 void lay_out_flags(const Endpoint& e, CombineLaunch& p) {
   const int64_t rows = std::max<int64_t>(p.max_rows, 1);
-  int64_t lines = e.context.combine_peer_bytes / kLine;
+  int64_t cells = e.context.combine_peer_bytes / kCell;
   p.flags = e.context.combine_inbox;
   p.flags_per_source = e.context.combine_peer_bytes;
-  if (lines == 0) {
-    lines = 1;
+  if (cells == 0) {
+    cells = 1;
     p.flags = (1 + static_cast<int64_t>(kBlocks) * e.geometry.ep_size) * kLine;
     p.flags_per_source = kLine;
   }
-  p.rows_per_flag = static_cast<int32_t>((rows + lines - 1) / lines);
+  p.rows_per_flag = static_cast<int32_t>((rows + cells - 1) / cells);
+}
+
+// A block for each row that a peer may be owed. A token is summed by as many warps as have it in
+// registers at once; few tokens by more, so that every multiprocessor has something to sum.
+const char* combine_in_bulk(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
+  constexpr int kThreads = 512, kSummers = 8;  // warps of a block that sum, roughly
+  const int wire = e.shape.combine_wire;
+  const int64_t rows = e.max_rows * (e.geometry.ep_size - 1), hidden = e.shape.hidden;
+  const int blocks = static_cast<int>(std::clamp<int64_t>(std::max(rows, e.tokens), 1, e.blocks));
+  const int64_t steps = (hidden + 255) / 256;
+  int64_t of_part = p.a.scalar == kScalarFp32 ? kPartStepsFp32 : kPartSteps;
+  while (of_part > 1 && e.tokens * ((2 * steps + of_part - 1) / of_part) <= kSummers * blocks)
+    of_part /= 2;
+  p.parts = static_cast<int32_t>((steps + of_part - 1) / of_part);
+  // A piece of a quantized row has a byte of scales for 32 codes.
+  const int64_t bytes = quantized(wire) ? hidden : e.geometry.combine_bytes;
+  const int64_t most = quantized(wire) ? kQuantizedPiece : kPlainPiece;
+  const int64_t piece = std::min(bytes, most);
+  p.pieces = static_cast<int32_t>((bytes + most - 1) / most);
+  p.stage_bytes = static_cast<int32_t>(piece + (quantized(wire) ? round_up(piece / 32, 16) : 0));
+  return launch(e, combine_bulk_kernel(wire, p.a.scalar),
+                {blocks, kThreads, kStages * p.stage_bytes}, &p, stream);
 }
 
 void place(Context& c, const Endpoint& e) {
@@ -173,8 +195,11 @@ const char* load_kernels() {
     for (int wire : {kBf16, kFp16, kFp32})
       for (bool lines : {false, true}) kernels.push_back(combine_packets_kernel(lines, wire, run));
   }
+  std::vector<const void*> combines;
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
-    kernels.push_back(combine_bulk_kernel(wire));
+    for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32})
+      combines.push_back(combine_bulk_kernel(wire, scalar));
+  kernels.insert(kernels.end(), combines.begin(), combines.end());
   for (const void* kernel : kernels) {
     cudaFuncAttributes attributes;
     if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
@@ -183,6 +208,10 @@ const char* load_kernels() {
     if (const char* error =
             text_of(cudaFuncSetAttribute(dispatch_packets_kernel(lines, true),
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
+      return error;
+  for (const void* kernel : combines)
+    if (const char* error = text_of(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStages * kPlainPiece)))
       return error;
   return nullptr;
 }
@@ -199,6 +228,10 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
   Context& c = e.context;
   c = {};
   for (int r = 0; r < e.geometry.ep_size; ++r) c.window[r] = reinterpret_cast<uint8_t*>(windows[r]);
+  // Packets and bulk copies are accesses of 16 bytes.
+  for (int r = 0; r < e.geometry.ep_size; ++r)
+    if (windows[r] % kChunk != 0) return "a window is not aligned to 16 bytes";
+  if (e.geometry.combine_bytes % kChunk != 0) return "combine_bytes is no multiple of 16";
   c.state = reinterpret_cast<State*>(local);
   c.token_ranks = reinterpret_cast<uint64_t*>(local + sizeof(State));
   c.token_slots = reinterpret_cast<int32_t*>(local + sizeof(State) +
@@ -279,12 +312,7 @@ const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t strea
     return launch(e, combine_packets_kernel(e.options.lines, e.shape.combine_wire, run),
                   packets_grid(e, e.max_rows * p.runs, run), &p, stream);
   }
-  // A block for each row that a peer may be owed; few tokens are summed in parts by as many warps.
-  const int64_t rows = e.max_rows * (e.geometry.ep_size - 1);
-  const int blocks = static_cast<int>(std::clamp<int64_t>(std::max(rows, e.tokens), 1, e.blocks));
-  p.parts = 1;
-  while (p.parts < 8 && e.tokens * p.parts * 2 <= 8 * blocks) p.parts *= 2;
-  return launch(e, combine_bulk_kernel(e.shape.combine_wire), {blocks, 512, 0}, &p, stream);
+  return combine_in_bulk(e, p, stream);
 }
 
 const char* restart(Endpoint& e, uint32_t epoch, uint32_t generation, uint32_t round,

@@ -12,6 +12,6 @@ const void* dispatch_small_kernel(int run);
 const void* dispatch_packets_kernel(bool lines, bool staged);
 const void* dispatch_bulk_kernel(bool quantized);
 const void* combine_packets_kernel(bool lines, int combine_wire, int run);
-const void* combine_bulk_kernel(int combine_wire);
+const void* combine_bulk_kernel(int combine_wire, int scalar);  // of y
 
 }  // namespace moe_a2a::cuda

@@ -114,6 +114,34 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
+// ---- bulk copies ------------------------------------------------------------------------------
+
+// What this thread has written to shared memory, bulk copies issued later may read: by itself, or
+// by a thread that synchronizes with it.
+__device__ __forceinline__ void fence_for_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// From shared memory to any device's; addresses and `bytes` are multiples of 16.
+__device__ __forceinline__ void bulk_copy(uint8_t* to, const uint8_t* shared, uint32_t bytes) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+// Makes a group of the copies that this thread has issued since the last one.
+__device__ __forceinline__ void commit_bulk_copies() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until all groups of this thread but the latest `kPending` are complete: read, written, and
+// visible to this thread.
+template <int kPending>
+__device__ __forceinline__ void await_bulk_copies() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- data read once -------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_once(const uint4* at) {

@@ -46,41 +46,56 @@ __device__ __forceinline__ Chunk round_chunk(const float (&sum)[Elements<kScalar
   return {w[0] | static_cast<uint64_t>(w[1]) << 32, w[2] | static_cast<uint64_t>(w[3]) << 32};
 }
 
-// ---- eight columns of a row in an inbox ------------------------------------------------------
+// ---- eight columns of a row ------------------------------------------------------------------
+
+// Columns of a row of y: `first`, and every `step` columns up to `last`; after that the last ones
+// again, since a load that may not happen keeps others from being in flight beside it. For the same
+// reason it is asked once a row whether it is aligned.
+template <int kScalar, int kSteps>
+__device__ __forceinline__ void load_row(const uint8_t* row, int first, int step, int last,
+                                         RawColumns (&raw)[kSteps]) {
+  constexpr int kItem = Elements<kScalar>::kItem;
+  const auto load = [&](auto load_16) {
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      const uint8_t* from = row + min(first + u * step, last - kColumns) * kItem;
+      raw[u].low = load_16(from);
+      if constexpr (kScalar == kScalarFp32) raw[u].high = load_16(from + 16);
+    }
+  };
+  if (aligned(row, 16))
+    load([](const uint8_t* at) { return load_chunk(at); });
+  else
+    load([](const uint8_t* at) { return load_odd_bytes(at, 16); });
+}
 
 struct InboxRow {
-  const uint8_t* data;
+  const uint8_t* data;  // aligned to 16 bytes; not by way of a read-only cache
   int hidden;
 };
 
-// Plain rows: loaded first, added later, so that several loads are in flight.
+// Plain rows: loaded first, added later, so that all loads of a part are in flight.
 template <int kScalar>
 struct Plain {
   static constexpr bool kQuantized = false;
-  static constexpr int kChunks = kScalar == kScalarFp32 ? 2 : 1;
-  struct Loaded {
-    Chunk chunk[kChunks];
-  };
+  using Loaded = RawColumns;
+
   static __device__ __forceinline__ Loaded load(const InboxRow& row, int col) {
+    const auto* from = reinterpret_cast<const Chunk*>(row.data + col * Elements<kScalar>::kItem);
     Loaded l;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      l.chunk[i] = load_arrived(row.data + (col * Elements<kScalar>::kItem) + 16 * i);
-    }
+    l.low = from[0];
+    if constexpr (kScalar == kScalarFp32) l.high = from[1];
     return l;
   }
+  // The rank's own row, from y.
+  template <int, int kSteps>
+  static __device__ __forceinline__ void prepare(RawColumns (&)[kSteps]) {}
+  static __device__ __forceinline__ Loaded prepared(const RawColumns& own) { return own; }
   static __device__ __forceinline__ void add(const Loaded& l, float (&sum)[kColumns]) {
-    if constexpr (kChunks == 1) {
-      add_chunk<kScalar>(l.chunk[0], sum);
-    } else {
+    float v[kColumns];
+    decode_columns(l, kScalar, v);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sum[4 * i] += __uint_as_float(static_cast<uint32_t>(l.chunk[i].lo));
-        sum[4 * i + 1] += __uint_as_float(static_cast<uint32_t>(l.chunk[i].lo >> 32));
-        sum[4 * i + 2] += __uint_as_float(static_cast<uint32_t>(l.chunk[i].hi));
-        sum[4 * i + 3] += __uint_as_float(static_cast<uint32_t>(l.chunk[i].hi >> 32));
-      }
-    }
+    for (int i = 0; i < kColumns; ++i) sum[i] += v[i];
   }
 };
 
@@ -88,53 +103,108 @@ struct Plain {
 template <int kWire>
 struct Scaled {
   static constexpr bool kQuantized = true;
+  static constexpr int kBlock = kWire == kMxfp8 ? 32 : 128;  // columns that share a scale
   struct Loaded {
-    uint2 codes;
-    float scale;
+    uint2 codes{0, 0};
+    uint32_t scale = 0;  // as it lies in the row, so that nothing waits for it
   };
+
   static __device__ __forceinline__ Loaded load(const InboxRow& row, int col) {
     const uint8_t* scales = row.data + row.hidden;
     Loaded l;
     l.codes = *reinterpret_cast<const uint2*>(row.data + col);
     if constexpr (kWire == kMxfp8)
-      l.scale = e8m0_decode(scales[col / 32]);
+      l.scale = scales[col / 32];
     else
-      l.scale = reinterpret_cast<const float*>(scales)[col / 128];
+      l.scale = reinterpret_cast<const uint32_t*>(scales)[col / 128];
     return l;
   }
-  // The rank's own row takes the same way without leaving the registers. The whole warp.
-  static __device__ __forceinline__ Loaded quantize(const float (&v)[kColumns]) {
-    if constexpr (kWire == kMxfp8) {
-      const uint32_t e = mxfp8_exponent(largest_of_lanes<4>(largest(v)));
-      return {encode_e4m3(v, e8m0_inverse(e)), e8m0_decode(e)};
-    } else {
-      const Fp8Scale s = fp8_scale(largest_of_lanes<16>(largest(v)));
-      return {encode_e4m3(v, s.inverse), s.scale};
+  // Of a lane's columns in several steps, `raw` and on: the largest magnitude in the block of each.
+  // The whole warp. Lanes ask each other about all steps before they look at an answer.
+  template <int kScalar, int kSteps>
+  static __device__ __forceinline__ void largest_of_blocks(const RawColumns* raw,
+                                                           uint32_t (&amax)[kSteps]) {
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      float v[kColumns];
+      decode_columns(raw[u], kScalar, v);
+      amax[u] = largest(v);
+    }
+#pragma unroll
+    for (int step = 1; step < kBlock / kColumns; step *= 2) {
+      uint32_t theirs[kSteps];
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) theirs[u] = __shfl_xor_sync(kAllLanes, amax[u], step);
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) amax[u] = max(amax[u], theirs[u]);
     }
   }
+  template <int kScalar>
+  static __device__ __forceinline__ Loaded quantize(const RawColumns& raw, uint32_t amax) {
+    float v[kColumns];
+    decode_columns(raw, kScalar, v);
+    if constexpr (kWire == kMxfp8) {
+      const uint32_t e = mxfp8_exponent(amax);
+      return {encode_e4m3(v, e8m0_inverse(e)), e};
+    } else {
+      const Fp8Scale s = fp8_scale(amax);
+      return {encode_e4m3(v, s.inverse), __float_as_uint(s.scale)};
+    }
+  }
+  // The rank's own row takes the same way without leaving the registers, nor taking up more. The
+  // whole warp.
+  template <int kScalar, int kSteps>
+  static __device__ __forceinline__ void prepare(RawColumns (&own)[kSteps]) {
+    // As many as fit into the registers, which divisions take up too.
+    constexpr int kTogether = kWire == kMxfp8 ? 2 : 1;
+#pragma unroll
+    for (int first = 0; first < kSteps; first += kTogether) {
+      uint32_t amax[kTogether];
+      largest_of_blocks<kScalar>(own + first, amax);
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const Loaded l = quantize<kScalar>(own[first + u], amax[u]);
+        own[first + u].low = {l.codes.x | static_cast<uint64_t>(l.codes.y) << 32, l.scale};
+      }
+    }
+  }
+  static __device__ __forceinline__ Loaded prepared(const RawColumns& own) {
+    return {{static_cast<uint32_t>(own.low.lo), static_cast<uint32_t>(own.low.lo >> 32)},
+            static_cast<uint32_t>(own.low.hi)};
+  }
+  // To the place of column `col`, of which a lane of each block has the first.
+  static __device__ __forceinline__ void store(const Loaded& l, int col, uint8_t* codes,
+                                               uint8_t* scales) {
+    *reinterpret_cast<uint2*>(codes + col) = l.codes;
+    if (col % kBlock != 0) return;
+    if constexpr (kWire == kMxfp8)
+      scales[col / kBlock] = static_cast<uint8_t>(l.scale);
+    else
+      reinterpret_cast<uint32_t*>(scales)[col / kBlock] = l.scale;
+  }
   static __device__ __forceinline__ void add(const Loaded& l, float (&sum)[kColumns]) {
+    const float scale = kWire == kMxfp8 ? e8m0_decode(l.scale) : __uint_as_float(l.scale);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = i < 2 ? l.codes.x : l.codes.y;
       const uint32_t pair = half2_of_e4m3x2(static_cast<uint16_t>(word >> (16 * (i % 2))));
-      sum[2 * i] += low_fp16(pair) * l.scale;
-      sum[2 * i + 1] += low_fp16(pair >> 16) * l.scale;
+      sum[2 * i] += low_fp16(pair) * scale;
+      sum[2 * i + 1] += low_fp16(pair >> 16) * scale;
     }
   }
 };
 
 // Eight sums, rounded once, to columns `col`... of an output row.
-__device__ __forceinline__ void store_sums(uint8_t* row, int scalar, int col,
-                                           const float (&sum)[kColumns]) {
-  if (scalar == kScalarFp32) {
+template <int kScalar>
+__device__ __forceinline__ void store_sums(uint8_t* row, int col, const float (&sum)[kColumns]) {
+  if constexpr (kScalar == kScalarFp32) {
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float part[4] = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
       store_bytes(row + (col + 4 * i) * 4, round_chunk<kScalarFp32>(part), 16);
     }
-  } else if (scalar == kScalarBf16) {
-    store_bytes(row + col * 2, round_chunk<kScalarBf16>(sum), 16);
   } else {
-    store_bytes(row + col * 2, round_chunk<kScalarFp16>(sum), 16);
+    store_bytes(row + col * 2, round_chunk<kScalar>(sum), 16);
   }
 }
 

@@ -39,6 +39,9 @@ inline uint64_t load_acquire_sys(const uint64_t* at) {
 inline void store_release_sys(uint32_t* at, uint32_t v) {
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
+inline void store_release_sys(uint64_t* at, uint64_t v) {
+  __atomic_store_n(at, v, __ATOMIC_RELEASE);
+}
 inline void store_relaxed_sys(uint64_t* at, uint64_t v) {
   __atomic_store_n(at, v, __ATOMIC_RELAXED);
 }
@@ -50,6 +53,16 @@ inline void store_release_block(uint32_t* at, uint32_t v) { *at = v; }
 inline uint32_t load_acquire_block(const uint32_t* at) {
   simt::yield();
   return *at;
+}
+
+inline void fence_for_bulk_copies() {}
+inline void bulk_copy(uint8_t* to, const uint8_t* shared, uint32_t bytes) {
+  simt::bulk_copy(to, shared, bytes);
+}
+inline void commit_bulk_copies() { simt::commit_bulk_copies(); }
+template <int kPending>
+inline void await_bulk_copies() {
+  simt::await_bulk_copies(kPending);
 }
 
 inline uint4 load_once(const uint4* at) { return *at; }

@@ -51,12 +51,20 @@ struct Block {
   std::vector<uint8_t> dynamic;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, group;
+};
+
 struct Fiber {
   void* stack_pointer;
   Block* block;
   Warp* warp;
   unsigned thread;
   bool done = false;
+  std::vector<Copy> copies;  // not made yet
+  size_t groups = 0;         // of bulk copies, committed
 };
 
 using Kernel = void (*)(const void*);
@@ -105,6 +113,7 @@ void complete(Block& b) {
 void body() {
   kernel(params);
   Fiber& f = *running;
+  if (!f.copies.empty()) die("a thread ended before its bulk copies");
   f.done = true;
   Warp& w = *f.warp;
   if (--w.alive != 0 && w.arrived == w.alive) complete(w);
@@ -191,6 +200,28 @@ void* shared(const void* key, size_t bytes) {
 
 void* dynamic_shared() { return running->block->dynamic.data(); }
 
+void bulk_copy(void* to, const void* from, size_t bytes) {
+  Fiber& f = *running;
+  const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
+  if (all % 16 != 0) die("a bulk copy is not aligned");
+  const std::vector<uint8_t>& source = f.block->dynamic;
+  const auto* first = static_cast<const uint8_t*>(from);
+  if (first < source.data() || first + bytes > source.data() + source.size())
+    die("a bulk copy from outside of shared memory");
+  f.copies.push_back({to, from, bytes, f.groups});
+}
+
+void commit_bulk_copies() { ++running->groups; }
+
+void await_bulk_copies(size_t pending) {
+  Fiber& f = *running;
+  while (!f.copies.empty() && f.copies.front().group + pending < f.groups) {
+    const Copy& c = f.copies.front();
+    std::memcpy(c.to, c.from, c.bytes);
+    f.copies.erase(f.copies.begin());
+  }
+}
+
 void store_packet(void* at, uint64_t lo, uint64_t hi) {
   running->warp->packets[lane()].push_back({static_cast<__m128i*>(at), lo, hi});
 }
@@ -217,7 +248,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
       b.alive = block_size.x;
       b.dynamic.assign(config->dynamicSmemBytes + 16, 0xCD);
     }
-    fibers[i] = {nullptr, &b, &b.warps[thread / kLanes], thread};
+    fibers[i] = {nullptr, &b, &b.warps[thread / kLanes], thread, false, {}, 0};
     prepare(fibers[i], stacks + i * kStack);
   }
   for (unsigned left = threads; left != 0;) {

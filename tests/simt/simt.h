@@ -38,6 +38,10 @@ void block_barrier();
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
 void store_packet(void* at, uint64_t lo, uint64_t hi);
+// Of the running thread. A copy happens no earlier than its thread waits for it.
+void bulk_copy(void* to, const void* from, size_t bytes);
+void commit_bulk_copies();
+void await_bulk_copies(size_t pending);
 
 template <class T>
 uint64_t bits(T value) {
@@ -102,6 +106,10 @@ inline bool __all_sync(unsigned, bool v) { return simt::vote(v) == ~0u; }
 inline uint32_t __reduce_min_sync(unsigned, uint32_t v) {
   const uint64_t* all = simt::exchange(simt::kReduce, v);
   return static_cast<uint32_t>(*std::min_element(all, all + 32));
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t v) {
+  const uint64_t* all = simt::exchange(simt::kReduce, v);
+  return static_cast<uint32_t>(*std::max_element(all, all + 32));
 }
 inline void __syncwarp() { simt::exchange(simt::kWarpBarrier, 0); }
 inline void __syncthreads() { simt::block_barrier(); }

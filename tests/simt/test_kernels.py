@@ -93,6 +93,26 @@ def test_rows_of_a_real_model(pool, wire, back):
     pool.run(play_case, "simt", case, rounds, ranks=2)
 
 
+@pytest.mark.parametrize("back", COMBINE_WIRES)
+def test_rows_of_several_pieces_in_bulk(pool, back):
+    """Few tokens, but R of rounds in bulk; rows larger than a stage, summed in unlike parts."""
+    case = Case(2, experts=4, top_k=3, hidden=17536, capacity=120, combine_wire=back)
+    rounds = [
+        Round(1, tokens=(9, 2), rows=120),
+        Round(2, tokens=(1, 7), rows=120, memory="strided"),
+    ]
+    pool.run(play_case, "simt", case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("back", COMBINE_WIRES)
+def test_more_rows_than_stages(pool, back):
+    """One block and two, three ranks, sources with unlike numbers of rows; y at odd addresses."""
+    case = Case(3, experts=6, top_k=2, hidden=640, capacity=60, combine_wire=back)
+    rounds = [Round(n, tokens=(37, 3, 60), memory=("own", "strided")[n]) for n in range(2)]
+    for blocks in (1, 2):
+        pool.run(limited, blocks, case, rounds, ranks=3)
+
+
 def test_inactive_ranks(pool):
     active = (True, False, True)
     pool.run(without_one, Case(3, capacity=8), active, ranks=3)
@@ -147,6 +167,29 @@ def one_stays_away(ranks):
             torch.distributed.barrier(ranks.group)
             a2a.reset()
             play(a2a, ranks, case, Round(2, rows=rows))
+
+
+@pytest.mark.parametrize("back", ["bf16", "mxfp8"])
+def test_a_rank_that_does_not_combine_is_named(pool, back):
+    pool.run(one_does_not_combine, back, ranks=3)
+
+
+def one_does_not_combine(ranks, back):
+    """Rows of expert 3, which rank 1 owns, are waited for; those for rank 1 are sent."""
+    register()
+    case = Case(3, capacity=8, combine_wire=back)
+    with AllToAll(case.spec(), ranks.group, backend="simt", timeout=1) as a2a:
+        x, ids, weights = inputs(case, 8)
+        ids[::2] = 3
+        a2a.dispatch(x, ids, weights)
+        if ranks.rank != 1:
+            a2a.combine(torch.zeros(3, 8, case.hidden, dtype=torch.bfloat16))
+            with pytest.raises(PeerTimeout) as caught:
+                a2a.check()
+            assert (caught.value.ranks, caught.value.phase) == ((1,), "combine")
+        torch.distributed.barrier(ranks.group)
+        a2a.reset()
+        play(a2a, ranks, case, Round(1))
 
 
 def inputs(case, rows):

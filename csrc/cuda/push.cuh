@@ -1,0 +1,281 @@
+// Combine in bulk, the way out. A few warps make the image of a row, piece by piece, in stages of
+// shared memory; one thread hands the stages to the bulk copy engine and raises the flag of rows
+// that have arrived. Nothing here waits for a peer.
+//
+// The engine takes a row off the multiprocessor at one instruction, and says of each row by itself
+// when it has arrived: a fence would wait for all stores that are on their way.
+#pragma once
+
+#include "sum.cuh"
+
+namespace moe_a2a::cuda {
+
+constexpr int kPushWarps = 4;
+constexpr int kPushSteps = 8;  // loads of a lane in flight: a piece is all of them, of all warps
+static_assert(kPushWarps * kPushSteps * kWarp * 16 == kPlainPiece);
+static_assert(kPushWarps * kPushSteps * kWarpColumns == kQuantizedPiece);
+
+// Of the block's pieces, in shared memory.
+struct Progress {
+  uint32_t made[kPushWarps];  // how many each pushing warp has behind it
+  uint32_t complete;          // how many have arrived, and left their stages
+  uint32_t dead;
+};
+
+// The tag of the first line of a cell that carries no data. Only tags are ever stored in this
+// place, so that nothing that a small round left there can look like this round's flag.
+__device__ __forceinline__ uint64_t* flag(const CombineLaunch& p, int owner, int from, int index) {
+  uint8_t* line = p.c.window[owner] + p.flags + from * p.flags_per_source + index * kCell;
+  return reinterpret_cast<uint64_t*>(line + kLine - 8);
+}
+
+__device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner, int from,
+                                              int slot) {
+  return p.c.window[owner] + p.c.combine +
+         (static_cast<int64_t>(from) * p.c.max_tokens + slot) * p.c.combine_bytes;
+}
+
+// ---- which rows ------------------------------------------------------------------------------
+
+// What a block pushes: chunks of rows that share a flag, in the order in which the peers sum them.
+// By slot first, a peer after the other, each rank beginning with the one after it; the blocks take
+// turns.
+struct Units {
+  int peers;
+  int flag, turn, flags, turns;  // of the block's first unit; from one to the next
+  int low = 0, high = 0;         // rows from sources `lane` and `lane + 32`
+  int most = 0;                  // from any
+
+  // Indices alone, which may be computed before earlier kernels are over.
+  __device__ __forceinline__ explicit Units(const CombineLaunch& p)
+      : peers(max(p.c.ep_size - 1, 1)) {
+    const int block = blockIdx.x, grid = gridDim.x;
+    flag = block / peers;
+    turn = block - flag * peers;
+    flags = grid / peers;
+    turns = grid - flags * peers;
+  }
+  __device__ __forceinline__ void count(const CombineLaunch& p) {
+    const int lane = threadIdx.x % kWarp;
+    low = rows_from(p.c, lane);
+    high = rows_from(p.c, lane + kWarp);
+    most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<uint32_t>(max(low, high))));
+  }
+  __device__ __forceinline__ int of(int source) const {
+    return __shfl_sync(kAllLanes, source < kWarp ? low : high, source % kWarp);
+  }
+
+ private:
+  static __device__ __forceinline__ int rows_from(const Context& c, int source) {
+    return source < c.ep_size && source != c.rank ? c.state->received[source] : 0;
+  }
+};
+
+// A place in the block's sequence of pieces. Every warp that makes, ships or completes them goes
+// through all of it, with all its lanes.
+struct Cursor {
+  int flag, turn, source = 0, slot = 0, last = 0, piece = 0;
+
+  __device__ __forceinline__ Cursor(const CombineLaunch& p, const Units& units)
+      : flag(units.flag), turn(units.turn) {
+    settle(p, units);
+  }
+  __device__ __forceinline__ bool inside(const Units& units) const { return slot < units.most; }
+  __device__ __forceinline__ bool ends_unit(const CombineLaunch& p) const {
+    return piece + 1 == p.pieces && slot + 1 == last;
+  }
+  __device__ __forceinline__ void next(const CombineLaunch& p, const Units& units) {
+    if (++piece < p.pieces) return;
+    piece = 0;
+    if (++slot < last) return;
+    step(units);
+    settle(p, units);
+  }
+
+ private:
+  __device__ __forceinline__ void step(const Units& units) {
+    flag += units.flags;
+    turn += units.turns;
+    if (turn >= units.peers) {
+      turn -= units.peers;
+      ++flag;
+    }
+  }
+  // Goes on to a unit with rows: a source with fewer of them than others has units without any.
+  __device__ __forceinline__ void settle(const CombineLaunch& p, const Units& units) {
+#pragma unroll 1
+    for (;; step(units)) {
+      slot = flag * p.rows_per_flag;
+      if (!inside(units)) return;
+      source = p.c.rank + 1 + turn;
+      if (source >= p.c.ep_size) source -= p.c.ep_size;
+      last = min(slot + p.rows_per_flag, units.of(source));
+      if (slot < last) return;
+    }
+  }
+};
+
+// ---- pieces ----------------------------------------------------------------------------------
+
+// A piece of a row: `bytes` bytes of it, or of its codes, from `first` on.
+template <class Row>
+struct Extent {
+  static constexpr int kMost = Row::kQuantized ? kQuantizedPiece : kPlainPiece;
+  int first, bytes;
+
+  __device__ __forceinline__ Extent(const CombineLaunch& p, int piece) : first(piece * kMost) {
+    const int all = Row::kQuantized ? p.c.hidden : static_cast<int>(p.c.combine_bytes);
+    bytes = min(kMost, all - first);
+  }
+};
+
+// What a warp has of a piece, in registers. All of it is asked for before any of it is used; past
+// the end the last bytes once more, since a load that may not happen would part the others.
+template <class Row, int kScalar>
+struct Part {  // of a plain row
+  Chunk data[kPushSteps];
+
+  static __device__ __forceinline__ int at(int u) {
+    return (u * kPushWarps * kWarp + static_cast<int>(threadIdx.x)) * 16;
+  }
+  __device__ __forceinline__ void load(const uint8_t* y, const Extent<Row>& e) {
+    y += e.first;
+    if (aligned(y, 16)) {
+#pragma unroll
+      for (int u = 0; u < kPushSteps; ++u) data[u] = load_chunk(y + min(at(u), e.bytes - 16));
+    } else {
+#pragma unroll
+      for (int u = 0; u < kPushSteps; ++u)
+        data[u] = load_odd_bytes(y + min(at(u), e.bytes - 16), 16);
+    }
+  }
+  __device__ __forceinline__ void store(uint8_t* stage, const Extent<Row>& e) const {
+#pragma unroll
+    for (int u = 0; u < kPushSteps; ++u)
+      if (at(u) < e.bytes) *reinterpret_cast<Chunk*>(stage + at(u)) = data[u];
+  }
+};
+
+template <int kWire, int kScalar>
+struct Part<Scaled<kWire>, kScalar> {
+  RawColumns raw[kPushSteps];
+
+  static __device__ __forceinline__ int at(int u) {
+    return (u * kPushWarps * kWarp + static_cast<int>(threadIdx.x)) * kColumns;
+  }
+  __device__ __forceinline__ void load(const uint8_t* y, const Extent<Scaled<kWire>>& e) {
+    load_row<kScalar>(y, e.first + at(0), kPushWarps * kWarpColumns, e.first + e.bytes, raw);
+  }
+  __device__ __forceinline__ void store(uint8_t* stage, const Extent<Scaled<kWire>>& e) const {
+    constexpr int kTogether = 4;
+#pragma unroll
+    for (int first = 0; first < kPushSteps; first += kTogether) {
+      // The first lane's column: lanes past the end of the row have their part in the shuffles.
+      if (at(first) - static_cast<int>(threadIdx.x % kWarp) * kColumns >= e.bytes) break;
+      uint32_t amax[kTogether];
+      Scaled<kWire>::template largest_of_blocks<kScalar>(raw + first, amax);
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const auto row = Scaled<kWire>::template quantize<kScalar>(raw[first + u], amax[u]);
+        if (at(first + u) < e.bytes)
+          Scaled<kWire>::store(row, at(first + u), stage, stage + e.bytes);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ uint8_t* stage_of(const CombineLaunch& p, uint8_t* stages, int piece) {
+  return stages + piece % kStages * p.stage_bytes;
+}
+
+template <class Row, int kScalar>
+__device__ __forceinline__ void push_rows(const CombineLaunch& p, const Units& units,
+                                          Progress& progress, uint8_t* stages) {
+  int made = 0;
+#pragma unroll 1
+  for (Cursor at(p, units); at.inside(units); at.next(p, units)) {
+    const Extent<Row> extent(p, at.piece);
+    Part<Row, kScalar> part;
+    part.load(p.a.y + at.source * p.a.source_stride + at.slot * p.a.row_stride, extent);
+    // Acquire, by every lane: the engine has read what was in the stage before.
+    while (static_cast<int>(load_acquire_block(&progress.complete)) + kStages <= made) {
+    }
+    __syncwarp();
+    part.store(stage_of(p, stages, made), extent);
+    fence_for_bulk_copies();
+    __syncwarp();
+    ++made;
+    // Release: what the lanes wrote and fenced, ordered before this lane by the barrier, happens
+    // before what the shipping thread does next.
+    if (threadIdx.x % kWarp == 0) store_release_block(&progress.made[threadIdx.x / kWarp], made);
+  }
+}
+
+// ---- shipping --------------------------------------------------------------------------------
+
+// Until the oldest of `flying` pieces is complete; the instruction takes a constant.
+__device__ __forceinline__ void await_oldest(int flying) {
+  static_assert(kStages == 4);
+  switch (flying) {
+    case 4:
+      return await_bulk_copies<3>();
+    case 3:
+      return await_bulk_copies<2>();
+    case 2:
+      return await_bulk_copies<1>();
+    default:
+      return await_bulk_copies<0>();
+  }
+}
+
+// One thread.
+template <class Row>
+__device__ __forceinline__ void ship(const CombineLaunch& p, const Cursor& at,
+                                     const uint8_t* stage) {
+  const Extent<Row> e(p, at.piece);
+  uint8_t* row = inbox_row(p, at.source, p.c.rank, at.slot);
+  bulk_copy(row + e.first, stage, e.bytes);
+  if constexpr (Row::kQuantized)  // up to the row's end, which is that of 16 bytes too
+    bulk_copy(row + p.c.hidden + e.first / 32, stage + e.bytes,
+              static_cast<uint32_t>(round_up(e.bytes / 32, 16)));
+  commit_bulk_copies();
+}
+
+// One warp, of which one lane has all the copies: groups are a thread's own.
+template <class Row>
+__device__ __forceinline__ void ship_rows(const CombineLaunch& p, const Units& units, uint64_t tag,
+                                          Progress& progress, uint8_t* stages) {
+  const int lane = threadIdx.x % kWarp;
+  Cursor next(p, units), oldest = next;
+  int shipped = 0, complete = 0;
+#pragma unroll 1
+  while (oldest.inside(units)) {
+    // Acquire: what the warps wrote to the stage, and fenced, happens before the copy.
+    const uint32_t own = load_acquire_block(&progress.made[lane % kPushWarps]);
+    const int made = static_cast<int>(__reduce_min_sync(kAllLanes, own));
+    if (shipped < made) {
+      __syncwarp();  // what one lane has acquired, all have
+      if (lane == 0) ship<Row>(p, next, stage_of(p, stages, shipped));
+      ++shipped;
+      next.next(p, units);
+      continue;
+    }
+    // A piece that flies alone is not waited for while others are still to be made: the link would
+    // have nothing to do until the next one follows.
+    const int flying = shipped - complete;
+    if (flying == 0 || (flying == 1 && next.inside(units))) continue;
+    ++complete;
+    if (lane == 0) {
+      await_oldest(flying);
+      store_release_block(&progress.complete, complete);
+      // The engine's writes are visible to this thread, so its release covers them: whoever
+      // acquires the flag sees the row.
+      if (oldest.ends_unit(p))
+        store_release_sys(flag(p, oldest.source, p.c.rank, oldest.flag), tag);
+    }
+    __syncwarp();
+    oldest.next(p, units);
+  }
+}
+
+}  // namespace moe_a2a::cuda
