@@ -182,32 +182,33 @@ __device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float 
   const int lane = threadIdx.x % kWarp;
   const uint32_t own = largest(v);
   const bool inside = col < r.padded;
+  const uint32_t at = col;  // a shift divides it
   switch (kWire == kAny ? r.wire : kWire) {
     case kFp8:
-      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, r.row_scale.inverse);
+      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, r.row_scale.inverse);
       break;
     case kFp8Block128: {
       const Fp8Scale s = fp8_scale(largest_of_lanes<16>(own));
-      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, s.inverse);
-      if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[col / 128] = s.scale;
+      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, s.inverse);
+      if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[at / 128] = s.scale;
       break;
     }
     case kMxfp8: {
       const uint32_t e = mxfp8_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, e8m0_inverse(e));
-      if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
+      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) scales[at / 32] = static_cast<uint8_t>(e);
       break;
     }
     case kMxfp4: {
       const uint32_t e = mxfp4_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, e8m0_inverse(e));
-      if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
+      if (inside) *reinterpret_cast<uint32_t*>(payload + at / 2) = encode_e2m1(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) scales[at / 32] = static_cast<uint8_t>(e);
       break;
     }
     default: {
       const Nvfp4Scale s = nvfp4_scale(largest_of_lanes<2>(own), r.global_scale, r.decode_scale);
-      if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, s.factor);
-      if (inside && lane % 2 == 0) scales[col / 16] = s.code;
+      if (inside) *reinterpret_cast<uint32_t*>(payload + at / 2) = encode_e2m1(v, s.factor);
+      if (inside && lane % 2 == 0) scales[at / 16] = s.code;
       break;
     }
   }
