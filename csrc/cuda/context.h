@@ -100,6 +100,7 @@ struct DispatchLaunch {
   int32_t runs;   // of strips, in a row
   int32_t share;  // of a block: runs, or tokens in bulk
   int32_t parts;  // that a row is split into, in bulk
+  int32_t steps;  // of a warp, in a part
   // Ids are int32 or int64 in vectors of 16 bytes, experts are shared out evenly among 32 ranks at
   // most.
   bool quick_ids;

@@ -1,5 +1,7 @@
 // Dispatch of a large round: rows go straight to where the experts of their ranks read them, then
 // every block tells every rank that it is through. The receiver unpacks nothing.
+#include <type_traits>
+
 #include "finish.cuh"
 #include "launch.h"
 #include "quantize.cuh"
@@ -13,141 +15,291 @@ constexpr int kMost = 512;  // threads
 constexpr int kWarps = kMost / kWarp;
 constexpr int kStepBytes = kWarp * 16;
 
-// The tile of tokens that a block is at. Its slots are found when the first warp asks for them, by
-// then with data in its hands: every warp asks, once a tile at least, since there is a barrier.
-struct Tile {
-  const DispatchLaunch& p;
-  Route& route;
-  Tiles& tiles;
-  int first, last;
-  bool is_first, found = false;
-
-  __device__ __forceinline__ void find() {
-    if (!found) tiles.next(p, first, last, is_first, route);
-    found = true;
-  }
-};
-
-// A part of a token's row: a run of the payload, never empty; the last one also has the rest.
+// A part of a row: columns or bytes of some steps, one part of a warp after the other.
 struct Part {
-  int t, in_tile, index;
+  int t, in_tile, first, last;  // steps
 };
 
-// fn(rank, row there) for each rank of the token; this one last, which has no way to go.
+// The parts of a tile of tokens that a warp takes: every so many, in runs of parts of the same row
+// where the source wants them together.
+struct Parts {
+  const DispatchLaunch& p;
+  int begins, tokens, run, left;  // of the run
+  int in_tile = 0, index = 0;     // of a part, in its row
+
+  __device__ __forceinline__ Parts(const DispatchLaunch& launch, int first, int last, bool together)
+      : p(launch), begins(first), tokens(last - first) {
+    const int warps = blockDim.x / kWarp;
+    run = together ? max(1, min(p.parts, tokens * p.parts / warps)) : 1;
+    left = run;
+    skip(static_cast<int>(threadIdx.x / kWarp) * run);
+  }
+  __device__ __forceinline__ bool more() const { return in_tile < tokens; }
+  __device__ __forceinline__ Part part() const {
+    const int first = index * p.steps;
+    return {begins + in_tile, in_tile, first, first + p.steps};
+  }
+  __device__ __forceinline__ void advance() {
+    const bool ends = --left == 0;
+    if (ends) left = run;
+    skip(ends ? (static_cast<int>(blockDim.x) / kWarp - 1) * run + 1 : 1);
+  }
+
+ private:
+  // A few rows at most: a division would be longer.
+  __device__ __forceinline__ void skip(int count) {
+    index += count;
+#pragma unroll 1
+    for (; index >= p.parts; index -= p.parts) ++in_tile;
+  }
+};
+
+// fn(window, slot) for each rank of the token; this one last, which has no way to go.
 template <class F>
-__device__ __forceinline__ void for_each_row(const Tile& tile, int in_tile, F fn) {
-  const DispatchLaunch& p = tile.p;
-  const uint64_t self = bit(p.c.rank);
+__device__ __forceinline__ void for_each_rank(const DispatchLaunch& p, const Route& route,
+                                              int in_tile, F fn) {
+  const uint64_t all = route.ranks[in_tile];
+  uint64_t own = all & bit(p.c.rank), left = all ^ own;
 #pragma unroll 1
-  for (uint64_t left = tile.route.ranks[in_tile]; left != 0;) {
-    const uint64_t remote = left & ~self;
-    const int to = __ffsll(remote != 0 ? remote : left) - 1;
-    left &= ~bit(to);
-    fn(to, p.c.rank * p.a.max_rows + tile.route.slot[in_tile][to]);
-  }
-}
-
-// From byte `first` of the image to its end, small pieces all.
-__device__ __forceinline__ void send_rest(Tile& tile, const Part& part, int first) {
-  const DispatchLaunch& p = tile.p;
-#pragma unroll 1
-  for (int at = first + static_cast<int>(threadIdx.x % kWarp) * 16; at < p.image_bytes;
-       at += kStepBytes) {
-    const Chunk data = load_image(p, part.t, at, 16);
-    for_each_row(tile, part.in_tile,
-                 [&](int to, int64_t row) { store_image(p, to, row, at, 16, data, false); });
-  }
-}
-
-// The caller's bytes as they are.
-struct Direct {
-  static constexpr int kStage = 0;  // bytes a warp
-
-  static __device__ __forceinline__ void send(Tile& tile, const Part& part, uint8_t*) {
-    constexpr int kAhead = 7;  // loads in flight
-    const DispatchLaunch& p = tile.p;
-    const int lane = threadIdx.x % kWarp, bytes = p.segment[kSegmentPayload].bytes;
-    const int steps = (bytes + kStepBytes - 1) / kStepBytes;
-    const int from = steps * part.index / p.parts, to_step = steps * (part.index + 1) / p.parts;
-    const uint8_t* source = p.a.payload.row(part.t);
-#pragma unroll 1
-    for (int step = from; step < to_step; step += kAhead) {
-      Chunk data[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int at = (step + u) * kStepBytes + lane * 16;
-        if (step + u < to_step && at < bytes)
-          data[u] = load_bytes(source + at, min(16, bytes - at));
-      }
-      tile.find();
-      for_each_row(tile, part.in_tile, [&](int to, int64_t row) {
-        uint8_t* target = p.c.window[to] + p.c.payload + row * bytes;
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int at = (step + u) * kStepBytes + lane * 16;
-          if (step + u < to_step && at < bytes)
-            store_bytes(target + at, data[u], min(16, bytes - at));
-        }
-      });
+  while ((left | own) != 0) {
+    if (left == 0) {
+      left = own;
+      own = 0;
     }
-    if (part.index == p.parts - 1) send_rest(tile, part, p.segment[kSegmentScales].image);
+    const int to = __ffsll(left) - 1;
+    left &= left - 1;
+    fn(to, route.slot[in_tile][to]);
+  }
+}
+
+// Where this rank's rows begin in a window's region of rows of so many bytes.
+__device__ __forceinline__ int64_t own_rows(const DispatchLaunch& p, const Segment& s) {
+  return s.region + p.c.rank * p.a.max_rows * s.bytes;
+}
+
+// The caller's bytes as they are. kAligned: in chunks of 16.
+template <bool kAligned>
+struct Direct {
+  static constexpr int kStage = 16;  // bytes a warp
+  static constexpr bool kTogether = false, kAhead = kAligned;
+  static constexpr int kSteps = kDirectSteps;
+  struct Data {
+    Chunk chunk[kSteps];
+  };
+  // Where the rest of the row's image begins.
+  static __device__ __forceinline__ int rest(const DispatchLaunch& p) {
+    return p.segment[kSegmentScales].image;
+  }
+  const int64_t rows;
+  __device__ __forceinline__ explicit Direct(const DispatchLaunch& p)
+      : rows(own_rows(p, p.segment[kSegmentPayload])) {}
+  __device__ __forceinline__ void prepare() {}
+
+  // fn(which step, bytes from the row's begin, bytes of the row) for the chunks of this lane.
+  template <class F>
+  static __device__ __forceinline__ void for_each_chunk(const DispatchLaunch& p, const Part& part,
+                                                        F fn) {
+    const int bytes = p.segment[kSegmentPayload].bytes, end = min(part.last * kStepBytes, bytes);
+    const int begin = part.first * kStepBytes + static_cast<int>(threadIdx.x % kWarp) * 16;
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u)
+      if (begin + u * kStepBytes < end) fn(u, begin + u * kStepBytes, bytes);
+  }
+  __device__ __forceinline__ void load(const DispatchLaunch& p, const Part& part, Data& data) {
+    const uint8_t* row = p.a.payload.row(part.t);
+    for_each_chunk(p, part, [&](int u, int at, int bytes) {
+      data.chunk[u] = kAligned ? load_chunk(row + at) : load_bytes(row + at, min(16, bytes - at));
+    });
+  }
+  __device__ __forceinline__ void send(const DispatchLaunch& p, const Route& route,
+                                       const Part& part, Data& data, uint8_t*) {
+    for_each_rank(p, route, part.in_tile, [&](int to, int slot) {
+      uint8_t* target = p.c.window[to] + rows + int64_t{slot} * p.segment[kSegmentPayload].bytes;
+      for_each_chunk(p, part, [&](int u, int at, int bytes) {
+        const Chunk& c = data.chunk[u];
+        if (kAligned)
+          *reinterpret_cast<ulonglong2*>(target + at) = make_ulonglong2(c.lo, c.hi);
+        else
+          store_bytes(target + at, c, min(16, bytes - at));
+      });
+    });
+  }
+};
+
+// Codes and scales of a part in a stage of shared memory, on their way to several ranks: a lane's
+// share is taken up once. kChunks: chunks of 16 bytes that a lane has at most.
+template <int kChunks>
+struct OutOfChunks {
+  const uint8_t* scales;
+  int code_bytes, scale_bytes;
+  Chunk chunk[kChunks];
+  uint64_t eight;  // of the scales: at most 256 bytes
+
+  __device__ __forceinline__ OutOfChunks(const uint8_t* codes, int codes_size, const uint8_t* at,
+                                         int scales_size)
+      : scales(at), code_bytes(codes_size), scale_bytes(scales_size) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i)
+      chunk[i] = *reinterpret_cast<const Chunk*>(codes + (i * kWarp + lane) * 16);
+    eight = lane * 8 < scale_bytes ? *reinterpret_cast<const uint64_t*>(scales + lane * 8) : 0;
+  }
+  __device__ __forceinline__ void store(uint8_t* codes_to, uint8_t* scales_to) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i)
+      if ((i * kWarp + lane) * 16 < code_bytes)
+        *reinterpret_cast<ulonglong2*>(codes_to + (i * kWarp + lane) * 16) =
+            make_ulonglong2(chunk[i].lo, chunk[i].hi);
+    if ((scale_bytes & 7) == 0 && aligned(scales_to, 8)) {
+      if (lane * 8 < scale_bytes) *reinterpret_cast<uint64_t*>(scales_to + lane * 8) = eight;
+    } else {
+#pragma unroll 1
+      for (int i = lane; i < scale_bytes; i += kWarp) scales_to[i] = scales[i];
+    }
+  }
+};
+
+// The same byte by byte if need be.
+struct OutOfBytes {
+  const uint8_t *codes, *scales;
+  int code_bytes, scale_bytes;
+
+  __device__ __forceinline__ OutOfBytes(const uint8_t* from, int codes_size, const uint8_t* at,
+                                        int scales_size)
+      : codes(from), scales(at), code_bytes(codes_size), scale_bytes(scales_size) {}
+  __device__ __forceinline__ void store(uint8_t* codes_to, uint8_t* scales_to) const {
+    copy_bytes(codes_to, codes, code_bytes, threadIdx.x % kWarp);
+    copy_bytes(scales_to, scales, scale_bytes, threadIdx.x % kWarp);
   }
 };
 
 // Quantized in a stage of shared memory, which is then copied to every rank.
+template <int kWire, int kInput>
 struct Quantized {
-  static constexpr int kStage = kStageBytes;
+  static constexpr int kSteps = kQuantizedSteps;
+  static constexpr int kCodes = kSteps * kWarpColumns;
+  static constexpr int kStage = kCodes + kCodes / 16;
+  static constexpr int kBits = kWire == kNvfp4 || kWire == kMxfp4 ? 4 : 8;
+  // The scale of an fp8 row takes the whole row, so the parts of one had better meet.
+  static constexpr bool kTogether = kWire == kAny || kWire == kFp8;
+  static constexpr bool kAhead = kInput != kAny;
+  using Data = Batch<kInput, kSteps>;
+  using Out = std::conditional_t<kInput == kAny, OutOfBytes,
+                                 OutOfChunks<(kCodes * kBits / 8 + kStepBytes - 1) / kStepBytes>>;
 
-  static __device__ __forceinline__ void send(Tile& tile, const Part& part, uint8_t* stage) {
-    const DispatchLaunch& p = tile.p;
+  const int64_t rows, scale_rows;
+  const float global_scale;
+  float known_scale = 1.0f;
+  int scaled = -1;  // the token that row_scale is of
+  Fp8Scale row_scale{};
+
+  static __device__ __forceinline__ int rest(const DispatchLaunch& p) {
+    return p.segment[kSegmentIds].image;
+  }
+  __device__ __forceinline__ explicit Quantized(const DispatchLaunch& p)
+      : rows(own_rows(p, p.segment[kSegmentPayload])),
+        scale_rows(own_rows(p, p.segment[kSegmentScales])),
+        global_scale(p.global_scale == nullptr ? 1.0f : *p.global_scale) {}
+  __device__ __forceinline__ void prepare() { known_scale = arrived<kWire>(global_scale); }
+
+  __device__ __forceinline__ void load(const DispatchLaunch& p, const Part& part, Data& data) {
+    data.load(p.a.payload.row(part.t), p.a.input, p.c.hidden, part.first * kWarpColumns,
+              kWarpColumns, part.last * kWarpColumns);
+  }
+  __device__ __forceinline__ void send(const DispatchLaunch& p, const Route& route,
+                                       const Part& part, Data& data, uint8_t* stage) {
     const Context& c = p.c;
-    const int lane = threadIdx.x % kWarp, wire = p.a.wire;
-    QuantizeRow r(p.a.payload.row(part.t), p.a.input, wire, c.hidden, c.padded, p.global_scale);
-    if (wire == kFp8) r.row_scale = fp8_scale(largest_of_columns(r.data, r.scalar, 0, c.hidden));
-    const int steps = (c.padded + kWarpColumns - 1) / kWarpColumns;
-    const int from = steps * part.index / p.parts * kWarpColumns;
-    const int end = min(steps * (part.index + 1) / p.parts * kWarpColumns, c.padded);
-    const int codes = p.segment[kSegmentPayload].bytes, scales = p.segment[kSegmentScales].bytes;
-    uint8_t* stage_scales = stage + kStageColumns;
-#pragma unroll 1
-    for (int col = from; col < end; col += kStageColumns) {
-      const int last = min(col + kStageColumns, end);
-      const int first_code = code_bytes(wire, col), first_scale = scale_bytes(wire, col);
-      quantize_columns<4>(r, col, last, stage - first_code, stage_scales - first_scale);
-      __syncwarp();
-      tile.find();
-      for_each_row(tile, part.in_tile, [&](int to, int64_t row) {
-        copy_bytes(c.window[to] + c.payload + row * codes + first_code, stage,
-                   code_bytes(wire, last) - first_code, lane);
-        if (wire != kFp8)
-          copy_bytes(c.window[to] + c.scales + row * scales + first_scale, stage_scales,
-                     scale_bytes(wire, last) - first_scale, lane);
-        else if (part.index == 0 && lane == 0)
-          *reinterpret_cast<float*>(c.window[to] + c.scales + row * 4) = r.row_scale.scale;
-      });
-      __syncwarp();
+    const int wire = kWire == kAny ? p.a.wire : kWire, lane = threadIdx.x % kWarp;
+    QuantizeRow r(p.a.payload.row(part.t), p.a.input, wire, c.hidden, c.padded, known_scale);
+    if (wire == kFp8 && scaled != part.t) {
+      row_scale = fp8_scale(largest_of_columns<kInput>(r.data, r.scalar, 0, c.hidden));
+      scaled = part.t;
     }
-    if (part.index == p.parts - 1) send_rest(tile, part, p.segment[kSegmentIds].image);
+    r.row_scale = row_scale;
+    const int col = part.first * kWarpColumns, last = min(part.last * kWarpColumns, c.padded);
+    const int first_code = code_bytes(wire, col), codes = code_bytes(wire, last) - first_code;
+    const int first_scale = scale_bytes(wire, col), scales = scale_bytes(wire, last) - first_scale;
+    uint8_t* stage_scales = stage + kCodes;
+    data.template quantize<kWire>(r, col, kWarpColumns, last, stage - first_code,
+                                  stage_scales - first_scale);
+    // The scale of an fp8 row goes with its first part.
+    const int own_scales = wire != kFp8 ? scales : part.first == 0 ? 4 : 0;
+    if (wire == kFp8 && lane == 0) *reinterpret_cast<float*>(stage_scales) = row_scale.scale;
+    __syncwarp();
+    const Out out(stage, codes, stage_scales, own_scales);
+    const int64_t codes_to = rows + first_code;
+    const int64_t scales_to = scale_rows + (wire != kFp8 ? first_scale : 0);
+    for_each_rank(p, route, part.in_tile, [&](int to, int slot) {
+      out.store(c.window[to] + codes_to + int64_t{slot} * p.segment[kSegmentPayload].bytes,
+                c.window[to] + scales_to + int64_t{slot} * p.segment[kSegmentScales].bytes);
+    });
+    __syncwarp();
   }
 };
 
+// What follows the payload in the images of a tile's tokens: a piece of 16 bytes a thread, the last
+// warps first, since the first one is late from finding the slots.
+__device__ __forceinline__ void send_rest(const DispatchLaunch& p, const Route& route, int begins,
+                                          int ends, int first) {
+  const int pieces = (p.image_bytes - first + 15) / 16, lane = threadIdx.x % kWarp;
+  const int warp = static_cast<int>(blockDim.x - 1 - threadIdx.x) / kWarp;
+#pragma unroll 1
+  for (int i = warp * kWarp + lane; i < (ends - begins) * pieces; i += blockDim.x) {
+    const int in_tile = i / pieces, at = first + (i - in_tile * pieces) * 16;
+    const Chunk data = load_image(p, begins + in_tile, at, 16);
+    for_each_rank(p, route, in_tile, [&](int to, int slot) {
+      store_image(p, to, p.c.rank * p.a.max_rows + slot, at, 16, data, false);
+    });
+  }
+}
+
+// The slots of a tile are found while a warp's first loads are on their way. False where an earlier
+// kernel gave up: nothing may be sent then.
 template <class Source>
-__device__ __forceinline__ void send_rows(const DispatchLaunch& p, Route& route, uint8_t* stage) {
-  const int total = static_cast<int>(p.a.tokens), warps = blockDim.x / kWarp;
+__device__ __forceinline__ bool send_tile(const DispatchLaunch& p, const Operation& op,
+                                          Source& source, Tiles& tiles, int begins, int ends,
+                                          bool is_first, Route& route, uint8_t* stage) {
+  Parts parts(p, begins, ends, Source::kTogether);
+  typename Source::Data data, ahead;
+  bool more = parts.more();
+  Part part = parts.part();
+  if (more) source.load(p, part, data);
+  tiles.next(p, begins, ends, is_first, route);
+  if (op.dead) return false;
+  source.prepare();
+  send_rest(p, route, begins, ends, Source::rest(p));
+#pragma unroll 1
+  while (more) {
+    parts.advance();
+    more = parts.more();
+    const Part next = parts.part();
+    // Ahead of the stores: where the link is the limit, they wait for it. Rows off any boundary
+    // are slow anyway, and their loads take the registers.
+    if (Source::kAhead && more) source.load(p, next, ahead);
+    source.send(p, route, part, data, stage);
+    part = next;
+    if (Source::kAhead) data = ahead;
+    if (!Source::kAhead && more) source.load(p, part, data);
+  }
+  __syncthreads();  // the next tile overwrites the slots
+  return true;
+}
+
+template <class Source>
+__device__ __forceinline__ bool send_rows(const DispatchLaunch& p, const Operation& op,
+                                          Route& route, uint8_t* stage) {
+  const int total = static_cast<int>(p.a.tokens);
   const int first = min(static_cast<int>(blockIdx.x) * p.share, total);
   const int last = min(first + p.share, total);
+  Source source(p);
   Tiles tiles;
 #pragma unroll 1
-  for (int begins = first; begins < last; begins += kTile) {
-    Tile tile{p, route, tiles, begins, min(begins + kTile, last), begins == first};
-#pragma unroll 1
-    for (int item = threadIdx.x / kWarp; item < (tile.last - begins) * p.parts; item += warps) {
-      const int in_tile = item / p.parts;
-      Source::send(tile, {begins + in_tile, in_tile, item - in_tile * p.parts}, stage);
-    }
-    tile.find();
-    __syncthreads();  // the next tile overwrites the slots
-  }
+  for (int begins = first; begins < last; begins += kTile)
+    if (!send_tile(p, op, source, tiles, begins, min(begins + kTile, last), begins == first, route,
+                   stage))
+      return false;
+  return !op.dead;
 }
 
 // Release: the block's stores happen before the counter that the receiver acquires. The first block
@@ -177,7 +329,7 @@ __device__ __forceinline__ void scrub_rows(const DispatchLaunch& p, const Operat
 
 template <class Source>
 struct alignas(16) Stage {  // in shared memory
-  uint8_t bytes[Source::kStage == 0 ? 16 : kWarps * Source::kStage];
+  uint8_t bytes[kWarps * Source::kStage];
 };
 
 template <class Source>
@@ -186,23 +338,43 @@ __global__ void __launch_bounds__(kMost, 1)
   MOE_SHARED(Route, route);
   MOE_SHARED(Stage<Source>, stage);
   const Operation op = begin(p.c, kDispatch);
-  if (op.dead) return;
   const int last = gridDim.x - 1, movers = max(last, 1);
   const bool finishes = static_cast<int>(blockIdx.x) == last;
-  if (finishes) announce_counts(p, op.tag, true, route);
-  if (finishes) __syncthreads();  // a block that is alone goes on to use the same memory
-  if (static_cast<int>(blockIdx.x) < movers)
-    send_rows<Source>(p, route, stage.bytes + threadIdx.x / kWarp * Source::kStage);
+  if (finishes) {
+    if (op.dead) return;
+    announce_counts(p, op.tag, true, route);
+    __syncthreads();  // a block that is alone goes on to use the same memory
+  }
+  if (static_cast<int>(blockIdx.x) < movers &&
+      !send_rows<Source>(p, op, route, stage.bytes + threadIdx.x / kWarp * Source::kStage))
+    return;
   announce_block(p);
   scrub_rows(p, op);
   if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, true);
 }
 
+template <class Source>
+const void* kernel() {
+  return reinterpret_cast<const void*>(dispatch_bulk<Source>);
+}
+
 }  // namespace
 
-const void* dispatch_bulk_kernel(bool quantized) {
-  return quantized ? reinterpret_cast<const void*>(dispatch_bulk<Quantized>)
-                   : reinterpret_cast<const void*>(dispatch_bulk<Direct>);
+const void* dispatch_bulk_kernel(int wire, bool aligned) {
+  if (wire < 0) return aligned ? kernel<Direct<true>>() : kernel<Direct<false>>();
+  if (!aligned) return kernel<Quantized<kAny, kAny>>();
+  switch (wire) {
+    case kFp8:
+      return kernel<Quantized<kFp8, kAlignedBf16>>();
+    case kFp8Block128:
+      return kernel<Quantized<kFp8Block128, kAlignedBf16>>();
+    case kMxfp8:
+      return kernel<Quantized<kMxfp8, kAlignedBf16>>();
+    case kMxfp4:
+      return kernel<Quantized<kMxfp4, kAlignedBf16>>();
+    default:
+      return kernel<Quantized<kNvfp4, kAlignedBf16>>();
+  }
 }
 
 }  // namespace moe_a2a::cuda

@@ -77,8 +77,20 @@ struct Direct {
 
 // Rows that are quantized on the way: the block makes the image of one token in shared memory,
 // then sends its strips. Its share is whole rows.
-template <class Packet, int kRun>
+template <int kWire, int kInput>
 struct Staged {
+  static constexpr int kSteps = 4;
+  using Data = Batch<kInput, kSteps>;
+
+  // A warp's columns of a row: every so many, from `first` on; a batch of them at a time.
+  static __device__ __forceinline__ int first() { return threadIdx.x / kWarp * kWarpColumns; }
+  static __device__ __forceinline__ int stride() { return blockDim.x / kWarp * kWarpColumns; }
+
+  static __device__ __forceinline__ void load(const DispatchLaunch& p, int t, int from,
+                                              Data& data) {
+    data.load(p.a.payload.row(t), p.a.input, p.c.hidden, from, stride(), p.c.padded);
+  }
+
   static __device__ __forceinline__ Fp8Scale row_scale(const DispatchLaunch& p,
                                                        const uint8_t* row) {
     MOE_SHARED(uint32_t, amax);
@@ -87,59 +99,86 @@ struct Staged {
     if (threadIdx.x == 0) amax = 0;
     __syncthreads();
     const int from = min(warp * share, p.c.hidden);
-    const uint32_t own = largest_of_columns(row, p.a.input, from, min(from + share, p.c.hidden));
+    const uint32_t own =
+        largest_of_columns<kInput>(row, p.a.input, from, min(from + share, p.c.hidden));
     if (threadIdx.x % kWarp == 0) atomicMax(&amax, own);
     __syncthreads();
     return fp8_scale(amax);
   }
 
-  static __device__ __forceinline__ void make_image(const DispatchLaunch& p, int t,
-                                                    uint8_t* image) {
+  // Payload and scales of token t; `data`: this warp's first columns of it.
+  static __device__ __forceinline__ void quantize(const DispatchLaunch& p, int t,
+                                                  float global_scale, Data& data, uint8_t* image) {
     const Context& c = p.c;
-    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-    QuantizeRow r(p.a.payload.row(t), p.a.input, p.a.wire, c.hidden, c.padded, p.global_scale);
+    const int wire = kWire == kAny ? p.a.wire : kWire;
+    QuantizeRow r(p.a.payload.row(t), p.a.input, wire, c.hidden, c.padded,
+                  arrived<kWire>(global_scale));
     uint8_t* scales = image + p.segment[kSegmentScales].image;
-    if (p.a.wire == kFp8) {
+    if (wire == kFp8) {
       r.row_scale = row_scale(p, r.data);
       if (threadIdx.x == 0) *reinterpret_cast<float*>(scales) = r.row_scale.scale;
     }
 #pragma unroll 1
-    for (int col = warp * kWarpColumns; col < c.padded; col += warps * kWarpColumns)
-      quantize_columns<1>(r, col, min(col + kWarpColumns, c.padded), image, scales);
-    const int tail = p.segment[kSegmentIds].image;
+    for (int col = first(); col < c.padded; col += kSteps * stride()) {
+      if (col != first()) load(p, t, col, data);
+      data.template quantize<kWire>(r, col, stride(), min(col + kSteps * stride(), c.padded), image,
+                                    scales);
+    }
+  }
+
+  // Ids, weights, extras: by the last warps, which have fewer columns and, in small rounds, no
+  // tokens before the tile to look at.
+  static __device__ __forceinline__ void take_rest(const DispatchLaunch& p, int t, uint8_t* image) {
+    const int thread = blockDim.x - 1 - threadIdx.x;
 #pragma unroll 1
-    for (int at = tail + threadIdx.x * 16; at < p.image_bytes; at += blockDim.x * 16)
+    for (int at = p.segment[kSegmentIds].image + thread * 16; at < p.image_bytes;
+         at += blockDim.x * 16)
       *reinterpret_cast<Chunk*>(image + at) = load_image(p, t, at, 16);
   }
 
-  static __device__ __forceinline__ void send(const DispatchLaunch& p, const Operation& op,
-                                              Route& route) {
-    MOE_DYNAMIC_SHARED(image);
-    const Share share(p);
+  template <class Packet, int kRun>
+  static __device__ __forceinline__ void send_strips(const DispatchLaunch& p, uint64_t tag,
+                                                     const Route& route, int in_tile,
+                                                     const uint8_t* image) {
     const int warps = blockDim.x / kWarp;
-    Tiles tiles;
 #pragma unroll 1
-    for (int t = share.first; t < share.last; ++t) {
-      const int in_tile = (t - share.first) % kTile;
-      make_image(p, t, image);
-      __syncthreads();
-      if (in_tile == 0) tiles.next(p, t, min(t + kTile, share.last), t == share.first, route);
-#pragma unroll 1
-      for (int at = threadIdx.x / kWarp; at < p.runs && !op.dead; at += warps) {
-        const Run<Packet, kRun> run(at * kRun);
-        Chunk data[kRun];
+    for (int at = threadIdx.x / kWarp; at < p.runs; at += warps) {
+      const Run<Packet, kRun> run(at * kRun);
+      Chunk data[kRun];
 #pragma unroll
-        for (int u = 0; u < kRun; ++u) {
-          const bool inside = run.chunk(u) < p.image_bytes;
-          const auto* words = reinterpret_cast<const uint64_t*>(image + run.chunk(u));
-          data[u].lo = inside ? words[0] : 0;
-          data[u].hi = inside && Packet::kLoad == 16 ? words[1] : 0;
-        }
-        send_run<Packet, kRun>(p, op.tag, route, in_tile, run, data);
+      for (int u = 0; u < kRun; ++u) {
+        const bool inside = run.chunk(u) < p.image_bytes;
+        const auto* words = reinterpret_cast<const uint64_t*>(image + run.chunk(u));
+        data[u].lo = inside ? words[0] : 0;
+        data[u].hi = inside && Packet::kLoad == 16 ? words[1] : 0;
       }
-      __syncthreads();
+      send_run<Packet, kRun>(p, tag, route, in_tile, run, data);
     }
   }
+
+  template <class Packet, int kRun>
+  struct Rows {
+    static __device__ __forceinline__ void send(const DispatchLaunch& p, const Operation& op,
+                                                Route& route) {
+      MOE_DYNAMIC_SHARED(image);
+      const Share share(p);
+      Tiles tiles;
+      const float global_scale = p.global_scale == nullptr ? 1.0f : *p.global_scale;
+      Data data;
+      if (share.first < share.last) load(p, share.first, first(), data);
+#pragma unroll 1
+      for (int t = share.first; t < share.last; ++t) {
+        const int in_tile = (t - share.first) % kTile;
+        take_rest(p, t, image);
+        if (in_tile == 0) tiles.next(p, t, min(t + kTile, share.last), t == share.first, route);
+        quantize(p, t, global_scale, data, image);
+        __syncthreads();
+        if (t + 1 < share.last) load(p, t + 1, first(), data);
+        if (!op.dead) send_strips<Packet, kRun>(p, op.tag, route, in_tile, image);
+        __syncthreads();
+      }
+    }
+  };
 };
 
 template <class Packet, template <class, int> class Source, int kRun>
@@ -161,14 +200,33 @@ __global__ void __launch_bounds__(kMost, 1)
   if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, false);
 }
 
+template <class Packet, template <class, int> class Source, int kRun>
+const void* kernel() {
+  return reinterpret_cast<const void*>(dispatch_packets<Packet, Source, kRun>);
+}
+
+const void* staged_kernel(int wire) {
+  switch (wire) {
+    case kFp8:
+      return kernel<Line128, Staged<kFp8, kAlignedBf16>::Rows, 1>();
+    case kFp8Block128:
+      return kernel<Line128, Staged<kFp8Block128, kAlignedBf16>::Rows, 1>();
+    case kMxfp8:
+      return kernel<Line128, Staged<kMxfp8, kAlignedBf16>::Rows, 1>();
+    case kMxfp4:
+      return kernel<Line128, Staged<kMxfp4, kAlignedBf16>::Rows, 1>();
+    default:
+      return kernel<Line128, Staged<kNvfp4, kAlignedBf16>::Rows, 1>();
+  }
+}
+
 }  // namespace
 
-const void* dispatch_packets_kernel(bool lines, bool staged) {
-  if (!lines)
-    return staged ? reinterpret_cast<const void*>(dispatch_packets<Packet16, Staged, 1>)
-                  : reinterpret_cast<const void*>(dispatch_packets<Packet16, Direct, 1>);
-  return staged ? reinterpret_cast<const void*>(dispatch_packets<Line128, Staged, 1>)
-                : reinterpret_cast<const void*>(dispatch_packets<Line128, Direct, 2>);
+const void* dispatch_packets_kernel(bool lines, int wire, bool aligned) {
+  if (wire < 0) return lines ? kernel<Line128, Direct, 2>() : kernel<Packet16, Direct, 1>();
+  if (lines && aligned) return staged_kernel(wire);
+  return lines ? kernel<Line128, Staged<kAny, kAny>::Rows, 1>()
+               : kernel<Packet16, Staged<kAny, kAny>::Rows, 1>();
 }
 
 }  // namespace moe_a2a::cuda

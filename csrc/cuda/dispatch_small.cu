@@ -19,7 +19,7 @@ struct alignas(16) Columns {
 };
 
 // Out of line: the way that is seldom taken must not make the other one longer.
-__device__ __noinline__ uint32_t ranks_of_any(const DispatchLaunch& p, int t) {
+__device__ __noinline__ uint32_t ranks_of_odd_ids(const DispatchLaunch& p, int t) {
   return ranks_of<uint32_t>(p, t, static_cast<int>(p.a.tokens));
 }
 
@@ -42,7 +42,7 @@ class Look {
       load(first);
       ranks |= ranks_of_words(p);
     }
-    if (vectors_ == 0) ranks = ranks_of_any(p, threadIdx.x);
+    if (vectors_ == 0) ranks = ranks_of_odd_ids(p, threadIdx.x);
     ranks &= static_cast<uint32_t>(p.a.active);
     uint32_t column = 0;  // of rank `lane`
 #pragma unroll 2

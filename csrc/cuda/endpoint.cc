@@ -85,6 +85,14 @@ bool on_chunks(const Rows& rows) {
 }
 
 uint64_t all_ranks(int count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+// What rows are quantized to; -1 where they travel as they are.
+int wire_of(const DispatchLaunch& p) { return p.a.input >= 0 ? p.a.wire : -1; }
+
+// As launch.h has it for `aligned`.
+bool rows_aligned(const DispatchLaunch& p) {
+  const bool whole = p.segment[kSegmentPayload].bytes % kChunk == 0;
+  return on_chunks(p.a.payload) && whole && (p.a.input < 0 || p.a.input == kScalarBf16);
+}
 
 bool ids_are_quick(const DispatchLaunch& p) {
   return on_chunks(p.a.ids) && p.c.top_k % 4 == 0 && p.c.ep_size <= 32 && p.c.larger_end == 0;
@@ -106,8 +114,9 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
   }
   p.by_runs = fast_divisor(p.runs);
   p.by_rows = fast_divisor(p.a.max_rows);
-  const void* kernel =
-      small ? dispatch_small_kernel(run) : dispatch_packets_kernel(e.options.lines, staged);
+  const void* kernel = small
+                           ? dispatch_small_kernel(run)
+                           : dispatch_packets_kernel(e.options.lines, wire_of(p), rows_aligned(p));
   return launch(e, kernel, grid, &p, stream);
 }
 
@@ -118,11 +127,16 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
   const int64_t work = std::max(p.a.tokens, e.geometry.ep_size * p.a.max_rows / kWarps) + 1;
   const int blocks = static_cast<int>(std::clamp<int64_t>(work, 1, e.blocks));
   p.share = static_cast<int32_t>((p.a.tokens + movers(blocks) - 1) / movers(blocks));
-  const int64_t steps = std::max<int64_t>(
-      1, quantizes ? e.shape.padded / 256 : p.segment[kSegmentPayload].bytes / 512);
-  p.parts = 1;
-  while (p.parts * 2 <= steps && p.share * p.parts < 2 * kWarps) p.parts *= 2;
-  return launch(e, dispatch_bulk_kernel(quantizes), {blocks, kThreads, 0}, &p, stream);
+  // Parts whose loads a warp has in flight at once, all about as long; more for few tokens.
+  const int64_t width = quantizes ? e.shape.padded : p.segment[kSegmentPayload].bytes;
+  const int64_t steps = std::max<int64_t>(1, quantizes ? (width + 255) / 256 : (width + 511) / 512);
+  const int64_t most = quantizes ? kQuantizedSteps : kDirectSteps;
+  int64_t parts = (steps + most - 1) / most;
+  while (parts < steps && p.share * parts < 2 * kWarps) parts *= 2;
+  p.steps = static_cast<int32_t>((steps + parts - 1) / parts);
+  p.parts = static_cast<int32_t>((steps + p.steps - 1) / p.steps);
+  return launch(e, dispatch_bulk_kernel(wire_of(p), rows_aligned(p)), {blocks, kThreads, 0}, &p,
+                stream);
 }
 
 // Where the flags of a bulk combine are: the tags of cells that carry no data, a source's own cells
@@ -187,9 +201,16 @@ void own_experts(Context& c, const Geometry& g) {
 }
 
 const char* load_kernels() {
-  std::vector<const void*> kernels = {dispatch_bulk_kernel(false), dispatch_bulk_kernel(true)};
-  for (bool lines : {false, true})
-    for (bool staged : {false, true}) kernels.push_back(dispatch_packets_kernel(lines, staged));
+  constexpr int kDispatched[] = {-1, kFp8, kFp8Block128, kMxfp8, kNvfp4, kMxfp4};
+  std::vector<const void*> kernels, staged;
+  for (int wire : kDispatched) {
+    for (bool aligned : {false, true}) {
+      kernels.push_back(dispatch_bulk_kernel(wire, aligned));
+      for (bool lines : {false, true})
+        (wire < 0 ? kernels : staged).push_back(dispatch_packets_kernel(lines, wire, aligned));
+    }
+  }
+  kernels.insert(kernels.end(), staged.begin(), staged.end());
   for (int run : {1, 2, 4}) {
     kernels.push_back(dispatch_small_kernel(run));
     for (int wire : {kBf16, kFp16, kFp32})
@@ -204,10 +225,9 @@ const char* load_kernels() {
     cudaFuncAttributes attributes;
     if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
   }
-  for (bool lines : {false, true})
-    if (const char* error =
-            text_of(cudaFuncSetAttribute(dispatch_packets_kernel(lines, true),
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
+  for (const void* kernel : staged)
+    if (const char* error = text_of(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
       return error;
   for (const void* kernel : combines)
     if (const char* error = text_of(cudaFuncSetAttribute(
@@ -285,6 +305,7 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   e.tokens = a.tokens;
   e.max_rows = a.max_rows;
   e.active = a.active;
+  p.quick_ids = ids_are_quick(p);
   p.facts = {kDispatch, static_cast<uint32_t>(a.max_rows), e.format, scale_bits, a.active};
   // From what all ranks know alike.
   const bool packets =

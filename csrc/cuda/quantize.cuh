@@ -15,6 +15,10 @@ constexpr int kStageColumns = 8 * kWarpColumns;  // that a warp stages at a time
 constexpr int kStageScales = kStageColumns / 16;
 constexpr int kStageBytes = kStageColumns + kStageScales;
 
+// In place of a wire or an input that a kernel is made for: it asks at run time, and is slower.
+constexpr int kAny = -1;
+constexpr int kAlignedBf16 = 0;  // rows of bf16 that begin on 16 bytes
+
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) {
   return __uint_as_float(pair & 0xFFFF0000u);
@@ -55,12 +59,13 @@ __device__ __forceinline__ void decode_columns(const RawColumns& raw, int scalar
   }
 }
 
-// Bits of the largest magnitude; fmaxf passes over NaN.
+// Bits of the largest magnitude; fmaxf passes over NaN, and the last one over that of all.
 __device__ __forceinline__ uint32_t largest(const float (&v)[kColumns]) {
-  float amax = 0.0f;
+  float amax[kColumns / 2];
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) amax = fmaxf(amax, fabsf(v[i]));
-  return __float_as_uint(amax);
+  for (int i = 0; i < 4; ++i) amax[i] = fmaxf(fabsf(v[2 * i]), fabsf(v[2 * i + 1]));
+  const float all = fmaxf(fmaxf(amax[0], amax[1]), fmaxf(amax[2], amax[3]));
+  return __float_as_uint(fmaxf(all, 0.0f));
 }
 
 template <int kLanes>
@@ -78,23 +83,7 @@ __device__ __forceinline__ uint2 encode_e4m3(const float (&v)[kColumns], float f
   return {pair[0] | pair[1] << 16, pair[2] | pair[3] << 16};
 }
 
-#if !defined(MOE_HAS_E2M1)
-// e2m1_encode() of codec.h in fewer instructions.
-__device__ __forceinline__ uint32_t e2m1_of(float x) {
-  const uint32_t u = __float_as_uint(x);
-  const float a = fminf(fabsf(x), 6.0f);  // NaN gives 6
-  const uint32_t m = __float_as_uint(a);
-  // Rounded to one bit of mantissa; below 1 the step is .5, which the adder rounds to.
-  const uint32_t normal = ((m + 0x1FFFFFu + (m >> 22 & 1)) >> 22) - 252;
-  const uint32_t small = __float_as_uint(a + 4194304.0f) - 0x4A800000u;
-  return (a < 1.0f ? small : normal) | (x == x ? u >> 28 & 8u : 0u);
-}
-
-__device__ __forceinline__ uint32_t e2m1x2(float lo, float hi) {
-  return e2m1_of(lo) | e2m1_of(hi) << 4;
-}
-#endif
-
+#if defined(MOE_HAS_E2M1)
 __device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], float factor) {
   uint32_t codes = 0;
 #pragma unroll
@@ -102,6 +91,34 @@ __device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], floa
     codes |= e2m1x2(v[i] * factor, v[i + 1] * factor) << (4 * i);
   return codes;
 }
+#else
+// The top bytes of the even or of the odd columns.
+__device__ __forceinline__ uint32_t top_bytes(const float (&x)[kColumns], int first) {
+  const auto two = [&](int i) {
+    return __byte_perm(__float_as_uint(x[i]), __float_as_uint(x[i + 2]), 0x0073);
+  };
+  return __byte_perm(two(first), two(first + 4), 0x5410);
+}
+
+// e2m1_encode() of codec.h in fewer instructions.
+__device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], float factor) {
+  uint32_t codes = 0;
+  float x[kColumns];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    x[i] = fminf(v[i] * factor, 6.0f);  // NaN of either sign gives 6
+    const float a = fminf(fabsf(x[i]), 6.0f);
+    // From 1 on a binade 2^e has two codes, in steps of 2^(e-1), and that is the last bit of a sum
+    // with 2^(e+22): the adder rounds. Below 1 the step is that of [1, 2).
+    const uint32_t binade = __float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u;
+    const uint32_t sum = __float_as_uint(fmaf(__uint_as_float(binade), 4194304.0f, a));
+    codes += (sum - binade + (binade >> 22)) << (4 * i);
+  }
+  constexpr uint32_t kExcess = (22u << 23) + 2 * 127;  // of each of the addends
+  codes -= kExcess * 0x11111111u;
+  return codes | (top_bytes(x, 0) >> 4 & 0x08080808u) | (top_bytes(x, 1) & 0x80808080u);
+}
+#endif
 
 struct Fp8Scale {
   float scale, inverse;
@@ -127,6 +144,13 @@ __device__ __forceinline__ Nvfp4Scale nvfp4_scale(uint32_t amax, float global_sc
   return {static_cast<uint8_t>(code), sf == 0.0f ? 0.0f : __frcp_rn(sf * decode_scale)};
 }
 
+// The global scale, where it is used for the first time. Without something that stays where it is
+// in the program the compiler takes the reciprocal, and so waits for the scale, as early as it can.
+template <int kWire>
+__device__ __forceinline__ float arrived(float global_scale) {
+  return kWire == kAny || kWire == kNvfp4 ? __shfl_sync(kAllLanes, global_scale, 0) : 1.0f;
+}
+
 struct QuantizeRow {
   const uint8_t* data;
   int scalar, wire, hidden, padded;
@@ -134,75 +158,124 @@ struct QuantizeRow {
   Fp8Scale row_scale;  // of wire fp8
 
   __device__ __forceinline__ QuantizeRow(const uint8_t* row, int dtype, int format, int columns,
-                                         int columns_padded, const float* scale)
+                                         int columns_padded, float scale)
       : data(row),
         scalar(dtype),
         wire(format),
         hidden(columns),
         padded(columns_padded),
-        global_scale(scale == nullptr ? 1.0f : *scale),
-        decode_scale(1.0f / global_scale),
+        global_scale(scale),
+        decode_scale(1.0f / scale),
         row_scale{} {}
-};
 
-// The largest magnitude of columns [first, last) over a warp.
-__device__ __forceinline__ uint32_t largest_of_columns(const uint8_t* row, int scalar, int first,
-                                                       int last) {
-  constexpr int kAhead = 4;  // loads in flight
-  uint32_t amax = 0;
-#pragma unroll 1
-  for (int at = first + static_cast<int>(threadIdx.x % kWarp) * kColumns; at < last;
-       at += kAhead * kWarpColumns) {
-    RawColumns raw[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      if (at + u * kWarpColumns < last) raw[u] = load_columns(row, scalar, at + u * kWarpColumns);
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      float v[kColumns];
-      decode_columns(raw[u], scalar, v);
-      amax = max(amax, largest(v));
-    }
+  __device__ __forceinline__ QuantizeRow(const uint8_t* row, int dtype, int format, int columns,
+                                         int columns_padded, const float* scale)
+      : QuantizeRow(row, dtype, format, columns, columns_padded, scale == nullptr ? 1.0f : *scale) {
   }
-  return largest_of_lanes<kWarp>(amax);
-}
+};
 
 // One step of a warp: codes of this lane's columns to `payload`, scales of its blocks to `scales`,
 // both of the row's column 0. Columns from `hidden` to `padded` count as zeros.
+template <int kWire>
 __device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float (&v)[kColumns],
                                               int col, uint8_t* payload, uint8_t* scales) {
   const int lane = threadIdx.x % kWarp;
   const uint32_t own = largest(v);
   const bool inside = col < r.padded;
-  switch (r.wire) {
+  const uint32_t at = col;  // a shift divides it
+  switch (kWire == kAny ? r.wire : kWire) {
     case kFp8:
-      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, r.row_scale.inverse);
+      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, r.row_scale.inverse);
       break;
     case kFp8Block128: {
       const Fp8Scale s = fp8_scale(largest_of_lanes<16>(own));
-      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, s.inverse);
-      if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[col / 128] = s.scale;
+      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, s.inverse);
+      if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[at / 128] = s.scale;
       break;
     }
     case kMxfp8: {
       const uint32_t e = mxfp8_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint2*>(payload + col) = encode_e4m3(v, e8m0_inverse(e));
-      if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
+      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) scales[at / 32] = static_cast<uint8_t>(e);
       break;
     }
     case kMxfp4: {
       const uint32_t e = mxfp4_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, e8m0_inverse(e));
-      if (inside && lane % 4 == 0) scales[col / 32] = static_cast<uint8_t>(e);
+      if (inside) *reinterpret_cast<uint32_t*>(payload + at / 2) = encode_e2m1(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) scales[at / 32] = static_cast<uint8_t>(e);
       break;
     }
     default: {
       const Nvfp4Scale s = nvfp4_scale(largest_of_lanes<2>(own), r.global_scale, r.decode_scale);
-      if (inside) *reinterpret_cast<uint32_t*>(payload + col / 2) = encode_e2m1(v, s.factor);
-      if (inside && lane % 2 == 0) scales[col / 16] = s.code;
+      if (inside) *reinterpret_cast<uint32_t*>(payload + at / 2) = encode_e2m1(v, s.factor);
+      if (inside && lane % 2 == 0) scales[at / 16] = s.code;
       break;
     }
   }
+}
+
+// Steps of a row in a warp's registers, from loads that are all in flight: columns `first`,
+// `first + stride`, ... below `last`, at most kSteps of them; a lane's eight columns of each.
+template <int kInput, int kSteps>
+struct Batch {
+  static constexpr bool kAligned = kInput == kAlignedBf16;
+  RawColumns raw[kSteps];  // zeros in the columns that pad a row
+
+  __device__ __forceinline__ void load(const uint8_t* row, int scalar, int hidden, int first,
+                                       int stride, int last) {
+    const int begin = first + static_cast<int>(threadIdx.x % kWarp) * kColumns;
+    const int end = min(last, hidden);
+    const uint8_t* from = row + begin * 2;  // of bf16
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      const int col = begin + u * stride;
+      raw[u] = {};
+      if (col < end && kAligned) raw[u].low = load_chunk(from + u * stride * 2);
+      if (col < end && !kAligned) raw[u] = load_columns(row, scalar, col);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t largest_of(int scalar) const {
+    uint32_t amax = 0;
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      float v[kColumns];
+      decode_columns(raw[u], kAligned ? kScalarBf16 : scalar, v);
+      amax = max(amax, largest(v));
+    }
+    return amax;
+  }
+
+  // To the place of column 0. Uses the columns up: a loop that moves them along is short, and code
+  // that runs for the first time takes longer to fetch than to execute.
+  template <int kWire>
+  __device__ __forceinline__ void quantize(const QuantizeRow& r, int first, int stride, int last,
+                                           uint8_t* payload, uint8_t* scales) {
+#pragma unroll 1
+    for (int col = first; col < last; col += stride) {
+      float v[kColumns];
+      decode_columns(raw[0], kAligned ? kScalarBf16 : r.scalar, v);
+#pragma unroll
+      for (int u = 1; u < kSteps; ++u) raw[u - 1] = raw[u];
+      quantize_step<kWire>(r, v, col + static_cast<int>(threadIdx.x % kWarp) * kColumns, payload,
+                           scales);
+    }
+  }
+};
+
+// The largest magnitude of columns [first, last) over a warp.
+template <int kInput>
+__device__ __forceinline__ uint32_t largest_of_columns(const uint8_t* row, int scalar, int first,
+                                                       int last) {
+  constexpr int kAhead = 4;
+  uint32_t amax = 0;
+#pragma unroll 1
+  for (int at = first; at < last; at += kAhead * kWarpColumns) {
+    Batch<kInput, kAhead> batch;
+    batch.load(row, scalar, last, at, kWarpColumns, last);
+    amax = max(amax, batch.largest_of(scalar));
+  }
+  return largest_of_lanes<kWarp>(amax);
 }
 
 // A warp quantizes columns [first, last), whole steps but for the end of the row, into shared
@@ -210,22 +283,12 @@ __device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float 
 template <int kAhead>  // steps whose loads are in flight
 __device__ __forceinline__ void quantize_columns(const QuantizeRow& r, int first, int last,
                                                  uint8_t* payload, uint8_t* scales) {
-  const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int step = first; step < last; step += kAhead * kWarpColumns) {
-    RawColumns raw[kAhead];  // zeros in the columns that pad a row
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int col = step + u * kWarpColumns + lane * kColumns;
-      if (col < min(last, r.hidden)) raw[u] = load_columns(r.data, r.scalar, col);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int col = step + u * kWarpColumns;
-      float v[kColumns];
-      decode_columns(raw[u], r.scalar, v);
-      if (col < last) quantize_step(r, v, col + lane * kColumns, payload, scales);
-    }
+    const int end = min(last, step + kAhead * kWarpColumns);
+    Batch<kAny, kAhead> batch;
+    batch.load(r.data, r.scalar, r.hidden, step, kWarpColumns, end);
+    batch.template quantize<kAny>(r, step, kWarpColumns, end, payload, scales);
   }
 }
 

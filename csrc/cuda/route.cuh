@@ -97,37 +97,115 @@ struct Ids {
   }
 };
 
-// The warps of a block count what the tokens before `first` send, in `part`; the first warp looks
+// How the ids of a lane's tokens are looked at: those of all its tokens loaded before the first is
+// used. Tokens `token` of the lane, -1 for none; `used`: whether any lane has one, in that place.
+template <class Id>
+struct QuickLook {
+  using Mask = uint32_t;
+  static constexpr int kTokens = 16 / sizeof(Id);
+
+  static __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
+                                              const bool (&used)[kTokens], Mask (&ranks)[kTokens]) {
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) ranks[u] = 0;
+#pragma unroll 1
+    for (int first = 0; first < p.c.top_k; first += 8) {
+      Ids<Id> ids[kTokens];
+#pragma unroll
+      for (int u = 0; u < kTokens; ++u) ids[u].load(p, token[u], first);
+#pragma unroll
+      for (int u = 0; u < kTokens; ++u)
+        if (used[u]) ranks[u] |= ids[u].ranks(p.c);
+    }
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) ranks[u] &= static_cast<Mask>(p.a.active);
+  }
+};
+
+// Out of line: the way that is seldom taken must not make the other one longer.
+static __device__ __noinline__ uint64_t ranks_of_any(const DispatchLaunch& p, int t) {
+  return ranks_of<uint64_t>(p, t, t + 1);
+}
+
+struct AnyLook {
+  using Mask = uint64_t;
+  static constexpr int kTokens = 2;
+
+  static __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
+                                              const bool (&)[kTokens], Mask (&ranks)[kTokens]) {
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) ranks[u] = token[u] >= 0 ? ranks_of_any(p, token[u]) : 0;
+  }
+};
+
+// Rows to each rank: those to ranks `lane` and `lane + 32`.
+struct Tally {
+  int32_t low = 0, high = 0;
+
+  // Of a warp's tokens: four ranks a word, a byte each, summed over the lanes in one go.
+  template <class Mask, int kTokens>
+  __device__ __forceinline__ void add(int ep_size, const Mask (&ranks)[kTokens]) {
+    static_assert(kTokens * kWarp < 256, "a byte holds the sum");
+    const int lane = threadIdx.x % kWarp, shift = 8 * (lane % 4);
+#pragma unroll 1
+    for (int group = 0; 4 * group < ep_size; ++group) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int u = 0; u < kTokens; ++u) {
+        const uint32_t four = static_cast<uint32_t>(ranks[u] >> (4 * group)) & 15u;
+        word += four * 0x00204081u & 0x01010101u;  // bit i to byte i
+      }
+      const uint32_t sums = __reduce_add_sync(kAllLanes, word);
+      const int32_t own = static_cast<int32_t>(sums >> shift & 0xFF);
+      if (lane / 4 == group) low += own;
+      if (lane / 4 + kWarp / 4 == group) high += own;
+    }
+  }
+};
+
+// The warps of a block count what the tokens before `earlier` send, in `part`; the first warp looks
 // at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
-// must follow before the parts are read, none is needed where `first` is 0.
-__device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int first, int last,
-                                                   Route& route) {
+// must follow before the parts are read, none is needed where `earlier` is 0.
+template <class Look>
+__device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
+                                                   int last, Route& route) {
+  constexpr int kTokens = Look::kTokens;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int stride = blockDim.x;
   uint64_t tile = 0;
-  int32_t low = 0, high = 0;  // of ranks `lane` and `lane + 32`
+  Tally tally;
 #pragma unroll 1
-  for (int at = (warp - 1) * kWarp; at < first; at += 2 * stride) {
+  for (int at = (warp - 1) * kWarp; at < earlier; at += kTokens * stride) {
+    int token[kTokens];
+    bool used[kTokens];
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      const int t = at + u * stride;
+      used[u] = t < earlier;
+      token[u] = t + lane < earlier ? t + lane : -1;
+    }
     const bool own = at < 0;
-    uint64_t a = ranks_of<uint64_t>(p, own ? first + lane : at + lane, own ? last : first);
-    const uint64_t b = ranks_of<uint64_t>(p, at + stride + lane, first);
+    if (own) token[0] = first + lane < last ? first + lane : -1;
+    typename Look::Mask ranks[kTokens];
+    Look::look(p, token, used, ranks);
     if (own) {
-      tile = a;
-      a = 0;
+      tile = ranks[0];
+      ranks[0] = 0;
     }
-#pragma unroll 1
-    for (int d = 0; d < p.c.ep_size; ++d) {
-      const int n = __popc(__ballot_sync(kAllLanes, a >> d & 1)) +
-                    __popc(__ballot_sync(kAllLanes, b >> d & 1));
-      if (d == lane) low += n;
-      if (d == lane + kWarp) high += n;
-    }
+    if (earlier > 0) tally.add(p.c.ep_size, ranks);
   }
-  if (first > 0) {
-    route.part[warp][lane] = low;
-    if (p.c.ep_size > kWarp) route.part[warp][lane + kWarp] = high;
+  if (earlier > 0) {
+    route.part[warp][lane] = tally.low;
+    if (p.c.ep_size > kWarp) route.part[warp][lane + kWarp] = tally.high;
   }
   return tile;
+}
+
+__device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
+                                                   int last, Route& route) {
+  if (!p.quick_ids) return look_at_tokens<AnyLook>(p, earlier, first, last, route);
+  return p.a.wide_ids ? look_at_tokens<QuickLook<uint64_t>>(p, earlier, first, last, route)
+                      : look_at_tokens<QuickLook<uint32_t>>(p, earlier, first, last, route);
 }
 
 // What the tokens before `first` sent to rank d.
@@ -135,6 +213,7 @@ __device__ __forceinline__ int sum_of_parts(const Route& route, int first, int d
   const int warps = min(static_cast<int>(blockDim.x) / kWarp, first / kWarp + 2);
   int sum = 0;
   if (first > 0)
+#pragma unroll 4
     for (int w = 0; w < warps; ++w) sum += route.part[w][d];
   return sum;
 }
@@ -168,18 +247,15 @@ struct Tiles {
   __device__ __forceinline__ void next(const DispatchLaunch& p, int first, int last,
                                        bool first_tile, Route& route) {
     const int lane = threadIdx.x % kWarp;
+    // Later tiles: only the first warp looks, and only at the tile.
+    const int earlier = first_tile ? first : 0;
     uint64_t ranks = 0;
-    if (first_tile || threadIdx.x < kWarp) {
-      // Later tiles: only the first warp looks, and only at the tile.
-      const int earlier = first_tile ? first : 0;
-      ranks = first_tile ? look_at_tokens(p, first, last, route)
-                         : ranks_of<uint64_t>(p, first + lane, last);
-      if (earlier > 0) {
-        __syncthreads();
-        if (threadIdx.x < kWarp) {
-          low = sum_of_parts(route, first, lane);
-          if (p.c.ep_size > kWarp) high = sum_of_parts(route, first, lane + kWarp);
-        }
+    if (first_tile || threadIdx.x < kWarp) ranks = look_at_tokens(p, earlier, first, last, route);
+    if (earlier > 0) {
+      __syncthreads();
+      if (threadIdx.x < kWarp) {
+        low = sum_of_parts(route, first, lane);
+        if (p.c.ep_size > kWarp) high = sum_of_parts(route, first, lane + kWarp);
       }
     }
     if (threadIdx.x < kWarp) route_tile(p, first, last, ranks, low, high, route);
@@ -194,7 +270,7 @@ __device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_
   const int total = static_cast<int>(p.a.tokens);
   // Here, and not before the stores, so that it costs no time of its own.
   if (fence && threadIdx.x < kWarp) fence_acq_rel_sys();
-  if (total > 0) look_at_tokens(p, total, total, route);
+  if (total > 0) look_at_tokens(p, total, total, total, route);
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
 #pragma unroll 1

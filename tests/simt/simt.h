@@ -111,6 +111,12 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t v) {
   const uint64_t* all = simt::exchange(simt::kReduce, v);
   return static_cast<uint32_t>(*std::max_element(all, all + 32));
 }
+inline uint32_t __reduce_add_sync(unsigned, uint32_t v) {
+  const uint64_t* all = simt::exchange(simt::kReduce, v);
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += static_cast<uint32_t>(all[i]);
+  return sum;
+}
 inline void __syncwarp() { simt::exchange(simt::kWarpBarrier, 0); }
 inline void __syncthreads() { simt::block_barrier(); }
 inline void __nanosleep(unsigned) { simt::yield(); }
@@ -122,6 +128,13 @@ inline int __ffsll(uint64_t v) { return __builtin_ffsll(static_cast<long long>(v
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
 inline uint32_t __float_as_uint(float v) { return static_cast<uint32_t>(simt::bits(v)); }
 inline float __uint_as_float(uint32_t v) { return simt::value<float>(v); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = low | uint64_t{high} << 32;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i)
+    out |= static_cast<uint32_t>(both >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  return out;
+}
 inline float __frcp_rn(float v) { return 1.0f / v; }
 
 // The threads of a process take turns, so these need no atomic instruction.

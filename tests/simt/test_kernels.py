@@ -74,6 +74,41 @@ def test_other_inputs(pool, source):
         pool.run(play_case, "simt", case, rounds, ranks=2)
 
 
+# Rows that no inbox takes: every round goes in bulk.
+IN_BULK = {"extra": {"large": 65_536}}
+
+
+@pytest.mark.parametrize("source", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("wire", [wire for wire in WIRES if wire not in ("bf16", "fp16")])
+def test_rows_of_several_parts_from_every_input(pool, wire, source):
+    rounds = [
+        Round(1, source=source, specials=True, tokens=(5, 4)),
+        Round(2, source=source, strided=True, rows=2),
+        Round(3, source=source, rows=4, global_scale=3.0 if wire == "nvfp4" else None),
+    ]
+    for more in ({}, IN_BULK):
+        case = Case(2, wire=wire, hidden=2688, capacity=5, more={"alignment": 512, **more})
+        pool.run(play_case, "simt", case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("hidden", [4096, 3840])
+def test_plain_rows_of_several_parts(pool, hidden):
+    rounds = [Round(1, tokens=(9, 7)), Round(2, strided=True, rows=3)]
+    pool.run(play_case, "simt", Case(2, hidden=hidden, capacity=9, more=IN_BULK), rounds, ranks=2)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 4), (32, 12), (8, 6), (7, 4)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_ids_of_many_tokens(pool, wide, experts, top_k):
+    """More tokens than a block looks at in one go, and tiles after the first."""
+    case = Case(2, experts=experts, top_k=top_k, hidden=16, capacity=3300)
+    rounds = [
+        Round(1, tokens=(3300, 1100), wide_ids=wide, routing="invalid"),
+        Round(2, tokens=(500, 40), wide_ids=wide),
+    ]
+    pool.run(play_case, "simt", case, rounds, ranks=2)
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_any_grid(pool, blocks):
     rounds = [Round(1), Round(2, rows=3), Round(3, rows=1)]
