@@ -158,11 +158,11 @@ __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __g
   MOE_SHARED(Progress, progress);
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x < kPushWarps) progress.made[threadIdx.x] = 0;
-  if (threadIdx.x == 0) progress.complete = progress.dead = 0;
+  if (threadIdx.x == 0) progress.complete = progress.dead = progress.dealt = 0;
   __syncthreads();
   Units units(p);
   const Operation op = begin(p.c, kCombineOp);
-  units.count(p);  // asked for together with the words above
+  units.find(p);  // asked for together with the words above
   // Warps wait for each other, so they have to agree, also if another block gives up just now.
   if (op.dead) progress.dead = 1;
   __syncthreads();

@@ -27,6 +27,7 @@ struct alignas(kLine) State {
   uint32_t dispatch_round, combine_round;
   uint32_t failed;              // a kernel gave up: those after it return at once
   uint32_t failing;             // taken by the warp that gives up
+  uint32_t units;               // that combine in bulk has dealt; dispatch begins it at 0
   int32_t received[kMaxRanks];  // rows from each source, in the round under way
 };
 

@@ -254,8 +254,9 @@ __device__ __forceinline__ void send_rest(const DispatchLaunch& p, const Route& 
   }
 }
 
-// The slots of a tile are found while a warp's first loads are on their way. False where an earlier
-// kernel gave up: nothing may be sent then.
+// The slots of a tile are found while a warp's first loads are on their way, those of ids ahead of
+// them: behind them they would wait until half of the first parts have come from memory. False
+// where an earlier kernel gave up: nothing may be sent then.
 template <class Source>
 __device__ __forceinline__ bool send_tile(const DispatchLaunch& p, const Operation& op,
                                           Source& source, Tiles& tiles, int begins, int ends,
@@ -264,8 +265,9 @@ __device__ __forceinline__ bool send_tile(const DispatchLaunch& p, const Operati
   typename Source::Data data, ahead;
   bool more = parts.more();
   Part part = parts.part();
-  if (more) source.load(p, part, data);
-  tiles.next(p, begins, ends, is_first, route);
+  tiles.next(p, begins, ends, is_first, route, [&] {
+    if (more) source.load(p, part, data);
+  });
   if (op.dead) return false;
   source.prepare();
   send_rest(p, route, begins, ends, Source::rest(p));

@@ -20,6 +20,7 @@ __device__ __forceinline__ void finish_dispatch(const DispatchLaunch& p, const O
   if (threadIdx.x % kWarp == 0) {
     state.combine_tag = next_tag(op.tag);
     state.combine_round = op.round;
+    state.units = 0;
   }
 }
 

@@ -15,11 +15,15 @@ constexpr int kPushSteps = 8;  // loads of a lane in flight: a piece is all of t
 static_assert(kPushWarps * kPushSteps * kWarp * 16 == kPlainPiece);
 static_assert(kPushWarps * kPushSteps * kWarpColumns == kQuantizedPiece);
 
-// Of the block's pieces, in shared memory.
+// Of the block's pieces and units, in shared memory.
 struct Progress {
-  uint32_t made[kPushWarps];  // how many each pushing warp has behind it
+  static constexpr int kRing = 16;  // more than a warp can be ahead of another
+
+  uint32_t made[kPushWarps];  // how many pieces each pushing warp has behind it
   uint32_t complete;          // how many have arrived, and left their stages
   uint32_t dead;
+  uint32_t dealt;  // how many units were
+  uint32_t unit[kRing];
 };
 
 // The tag of the first line of a cell that carries no data. Only tags are ever stored in this
@@ -37,31 +41,23 @@ __device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner,
 
 // ---- which rows ------------------------------------------------------------------------------
 
-// What a block pushes: chunks of rows that share a flag, in the order in which the peers sum them.
-// By slot first, a peer after the other, each rank beginning with the one after it; the blocks take
-// turns.
+// What is pushed: chunks of rows that share a flag, in the order in which the peers sum them, by
+// slot first, a peer after the other, each rank beginning with the one after it.
 struct Units {
-  int peers;
-  int flag, turn, flags, turns;  // of the block's first unit; from one to the next
-  int low = 0, high = 0;         // rows from sources `lane` and `lane + 32`
-  int most = 0;                  // from any
+  int peers, count = 0;
+  int low = 0, high = 0;  // rows from sources `lane` and `lane + 32`
 
-  // Indices alone, which may be computed before earlier kernels are over.
   __device__ __forceinline__ explicit Units(const CombineLaunch& p)
-      : peers(max(p.c.ep_size - 1, 1)) {
-    const int block = blockIdx.x, grid = gridDim.x;
-    flag = block / peers;
-    turn = block - flag * peers;
-    flags = grid / peers;
-    turns = grid - flags * peers;
-  }
-  __device__ __forceinline__ void count(const CombineLaunch& p) {
+      : peers(max(p.c.ep_size - 1, 1)) {}
+
+  __device__ __forceinline__ void find(const CombineLaunch& p) {
     const int lane = threadIdx.x % kWarp;
     low = rows_from(p.c, lane);
     high = rows_from(p.c, lane + kWarp);
-    most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<uint32_t>(max(low, high))));
+    const uint32_t most = __reduce_max_sync(kAllLanes, static_cast<uint32_t>(max(low, high)));
+    count = (static_cast<int>(most) + p.rows_per_flag - 1) / p.rows_per_flag * peers;
   }
-  __device__ __forceinline__ int of(int source) const {
+  __device__ __forceinline__ int rows(int source) const {
     return __shfl_sync(kAllLanes, source < kWarp ? low : high, source % kWarp);
   }
 
@@ -71,48 +67,96 @@ struct Units {
   }
 };
 
-// A place in the block's sequence of pieces. Every warp that makes, ships or completes them goes
-// through all of it, with all its lanes.
-struct Cursor {
-  int flag, turn, source = 0, slot = 0, last = 0, piece = 0;
+struct Unit {
+  int source, flag, first, last;  // rows
 
-  __device__ __forceinline__ Cursor(const CombineLaunch& p, const Units& units)
-      : flag(units.flag), turn(units.turn) {
-    settle(p, units);
+  __device__ __forceinline__ Unit(const CombineLaunch& p, const Units& units, int index) {
+    flag = index / units.peers;
+    source = p.c.rank + 1 + index - flag * units.peers;
+    if (source >= p.c.ep_size) source -= p.c.ep_size;
+    first = flag * p.rows_per_flag;
+    last = min(first + p.rows_per_flag, units.rows(source));
   }
-  __device__ __forceinline__ bool inside(const Units& units) const { return slot < units.most; }
-  __device__ __forceinline__ bool ends_unit(const CombineLaunch& p) const {
-    return piece + 1 == p.pieces && slot + 1 == last;
-  }
-  __device__ __forceinline__ void next(const CombineLaunch& p, const Units& units) {
-    if (++piece < p.pieces) return;
-    piece = 0;
-    if (++slot < last) return;
-    step(units);
-    settle(p, units);
+};
+
+// One warp of a block deals units to all of it: the first one is the block's own, the others come
+// from a counter of the grid. The link serves some multiprocessors better than others, by a fifth;
+// with equal shares the last ones would have it to themselves at the end.
+class Dealer {
+ public:
+  __device__ __forceinline__ Dealer() : asked_(blockIdx.x) {}
+
+  __device__ __forceinline__ void deal(const CombineLaunch& p, const Units& units,
+                                       Progress& progress) {
+    const int lane = threadIdx.x % kWarp;
+    if (over_) return;
+    int index;
+#pragma unroll 1
+    for (;;) {
+      index = static_cast<int>(__shfl_sync(kAllLanes, asked_, 0));
+      over_ = index >= units.count;
+      if (over_) break;
+      // On its way until the next one is dealt.
+      if (lane == 0) asked_ = gridDim.x + atomicAdd(&p.c.state->units, 1u);
+      const Unit unit(p, units, index);
+      if (unit.first < unit.last) break;  // a source with fewer rows than others has empty ones
+    }
+    if (lane == 0) {
+      progress.unit[dealt_ % Progress::kRing] = min(index, units.count);
+      store_release_block(&progress.dealt, dealt_ + 1);
+    }
+    ++dealt_;
   }
 
  private:
-  __device__ __forceinline__ void step(const Units& units) {
-    flag += units.flags;
-    turn += units.turns;
-    if (turn >= units.peers) {
-      turn -= units.peers;
-      ++flag;
-    }
+  uint32_t asked_, dealt_ = 0;
+  bool over_ = false;
+};
+
+// A place in the block's sequence of pieces. Every warp that makes, ships or completes them goes
+// through all of it, with all its lanes.
+class Cursor {
+ public:
+  __device__ __forceinline__ Cursor(const CombineLaunch& p, const Units& units,
+                                    const Progress& progress) {
+    take(p, units, progress);
   }
-  // Goes on to a unit with rows: a source with fewer of them than others has units without any.
-  __device__ __forceinline__ void settle(const CombineLaunch& p, const Units& units) {
-#pragma unroll 1
-    for (;; step(units)) {
-      slot = flag * p.rows_per_flag;
-      if (!inside(units)) return;
-      source = p.c.rank + 1 + turn;
-      if (source >= p.c.ep_size) source -= p.c.ep_size;
-      last = min(slot + p.rows_per_flag, units.of(source));
-      if (slot < last) return;
-    }
+  __device__ __forceinline__ bool over() const { return over_; }
+  __device__ __forceinline__ bool begins_unit() const { return piece_ == 0 && slot_ == first_; }
+  __device__ __forceinline__ bool ends_unit(const CombineLaunch& p) const {
+    return piece_ + 1 == p.pieces && slot_ + 1 == last_;
   }
+  __device__ __forceinline__ int source() const { return source_; }
+  __device__ __forceinline__ int slot() const { return slot_; }
+  __device__ __forceinline__ int flag() const { return flag_; }
+  __device__ __forceinline__ int piece() const { return piece_; }
+
+  __device__ __forceinline__ void next(const CombineLaunch& p, const Units& units,
+                                       const Progress& progress) {
+    if (++piece_ < p.pieces) return;
+    piece_ = 0;
+    if (++slot_ == last_) take(p, units, progress);
+  }
+
+ private:
+  __device__ __forceinline__ void take(const CombineLaunch& p, const Units& units,
+                                       const Progress& progress) {
+    while (load_acquire_block(&progress.dealt) == taken_) {
+    }
+    __syncwarp();
+    const int index = static_cast<int>(progress.unit[taken_ % Progress::kRing]);
+    ++taken_;
+    over_ = index >= units.count;
+    const Unit unit(p, units, index);
+    source_ = unit.source;
+    flag_ = unit.flag;
+    first_ = slot_ = unit.first;
+    last_ = unit.last;
+  }
+
+  uint32_t taken_ = 0;
+  bool over_ = false;
+  int source_, flag_, first_, slot_, last_, piece_ = 0;
 };
 
 // ---- pieces ----------------------------------------------------------------------------------
@@ -191,12 +235,16 @@ __device__ __forceinline__ uint8_t* stage_of(const CombineLaunch& p, uint8_t* st
 template <class Row, int kScalar>
 __device__ __forceinline__ void push_rows(const CombineLaunch& p, const Units& units,
                                           Progress& progress, uint8_t* stages) {
+  const bool deals = threadIdx.x < kWarp;
+  Dealer dealer;
+  if (deals) dealer.deal(p, units, progress);
   int made = 0;
 #pragma unroll 1
-  for (Cursor at(p, units); at.inside(units); at.next(p, units)) {
-    const Extent<Row> extent(p, at.piece);
+  for (Cursor at(p, units, progress); !at.over(); at.next(p, units, progress)) {
+    if (deals && at.begins_unit()) dealer.deal(p, units, progress);
+    const Extent<Row> extent(p, at.piece());
     Part<Row, kScalar> part;
-    part.load(p.a.y + at.source * p.a.source_stride + at.slot * p.a.row_stride, extent);
+    part.load(p.a.y + at.source() * p.a.source_stride + at.slot() * p.a.row_stride, extent);
     // Acquire, by every lane: the engine has read what was in the stage before.
     while (static_cast<int>(load_acquire_block(&progress.complete)) + kStages <= made) {
     }
@@ -232,8 +280,8 @@ __device__ __forceinline__ void await_oldest(int flying) {
 template <class Row>
 __device__ __forceinline__ void ship(const CombineLaunch& p, const Cursor& at,
                                      const uint8_t* stage) {
-  const Extent<Row> e(p, at.piece);
-  uint8_t* row = inbox_row(p, at.source, p.c.rank, at.slot);
+  const Extent<Row> e(p, at.piece());
+  uint8_t* row = inbox_row(p, at.source(), p.c.rank, at.slot());
   bulk_copy(row + e.first, stage, e.bytes);
   if constexpr (Row::kQuantized)  // up to the row's end, which is that of 16 bytes too
     bulk_copy(row + p.c.hidden + e.first / 32, stage + e.bytes,
@@ -241,15 +289,27 @@ __device__ __forceinline__ void ship(const CombineLaunch& p, const Cursor& at,
   commit_bulk_copies();
 }
 
+// Of rows that are complete: the engine's writes are visible to this thread, so a release by it
+// covers them, and whoever acquires the flag sees the rows. That release would wait for all else
+// that is on its way from this multiprocessor, 10 us of a busy link, before the next row is
+// shipped. It is left out unless the memory model is taken at its word: complete means that the
+// peer's memory has answered, and the flag goes there after that.
+__device__ __forceinline__ void raise(const CombineLaunch& p, uint64_t* at, uint64_t tag) {
+  if (p.c.strict)
+    store_release_sys(at, tag);
+  else
+    store_relaxed_sys(at, tag);
+}
+
 // One warp, of which one lane has all the copies: groups are a thread's own.
 template <class Row>
 __device__ __forceinline__ void ship_rows(const CombineLaunch& p, const Units& units, uint64_t tag,
                                           Progress& progress, uint8_t* stages) {
   const int lane = threadIdx.x % kWarp;
-  Cursor next(p, units), oldest = next;
+  Cursor next(p, units, progress), oldest = next;
   int shipped = 0, complete = 0;
 #pragma unroll 1
-  while (oldest.inside(units)) {
+  while (!oldest.over()) {
     // Acquire: what the warps wrote to the stage, and fenced, happens before the copy.
     const uint32_t own = load_acquire_block(&progress.made[lane % kPushWarps]);
     const int made = static_cast<int>(__reduce_min_sync(kAllLanes, own));
@@ -257,24 +317,21 @@ __device__ __forceinline__ void ship_rows(const CombineLaunch& p, const Units& u
       __syncwarp();  // what one lane has acquired, all have
       if (lane == 0) ship<Row>(p, next, stage_of(p, stages, shipped));
       ++shipped;
-      next.next(p, units);
+      next.next(p, units, progress);
       continue;
     }
     // A piece that flies alone is not waited for while others are still to be made: the link would
     // have nothing to do until the next one follows.
     const int flying = shipped - complete;
-    if (flying == 0 || (flying == 1 && next.inside(units))) continue;
+    if (flying == 0 || (flying == 1 && !next.over())) continue;
     ++complete;
     if (lane == 0) {
       await_oldest(flying);
       store_release_block(&progress.complete, complete);
-      // The engine's writes are visible to this thread, so its release covers them: whoever
-      // acquires the flag sees the row.
-      if (oldest.ends_unit(p))
-        store_release_sys(flag(p, oldest.source, p.c.rank, oldest.flag), tag);
+      if (oldest.ends_unit(p)) raise(p, flag(p, oldest.source(), p.c.rank, oldest.flag()), tag);
     }
     __syncwarp();
-    oldest.next(p, units);
+    oldest.next(p, units, progress);
   }
 }
 

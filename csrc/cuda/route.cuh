@@ -100,26 +100,36 @@ struct Ids {
 // How the ids of a lane's tokens are looked at: those of all its tokens loaded before the first is
 // used. Tokens `token` of the lane, -1 for none; `used`: whether any lane has one, in that place.
 template <class Id>
-struct QuickLook {
+class QuickLook {
+ public:
   using Mask = uint32_t;
   static constexpr int kTokens = 16 / sizeof(Id);
 
-  static __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
-                                              const bool (&used)[kTokens], Mask (&ranks)[kTokens]) {
+  __device__ __forceinline__ void load(const DispatchLaunch& p, const int (&token)[kTokens],
+                                       int first = 0) {
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) ids_[u].load(p, token[u], first);
+  }
+  // After load().
+  __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
+                                       const bool (&used)[kTokens], Mask (&ranks)[kTokens]) {
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) ranks[u] = 0;
 #pragma unroll 1
-    for (int first = 0; first < p.c.top_k; first += 8) {
-      Ids<Id> ids[kTokens];
-#pragma unroll
-      for (int u = 0; u < kTokens; ++u) ids[u].load(p, token[u], first);
+    for (int first = 0;;) {
 #pragma unroll
       for (int u = 0; u < kTokens; ++u)
-        if (used[u]) ranks[u] |= ids[u].ranks(p.c);
+        if (used[u]) ranks[u] |= ids_[u].ranks(p.c);
+      first += 8;
+      if (first >= p.c.top_k) break;
+      load(p, token, first);
     }
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) ranks[u] &= static_cast<Mask>(p.a.active);
   }
+
+ private:
+  Ids<Id> ids_[kTokens];
 };
 
 // Out of line: the way that is seldom taken must not make the other one longer.
@@ -131,8 +141,9 @@ struct AnyLook {
   using Mask = uint64_t;
   static constexpr int kTokens = 2;
 
-  static __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
-                                              const bool (&)[kTokens], Mask (&ranks)[kTokens]) {
+  __device__ __forceinline__ void load(const DispatchLaunch&, const int (&)[kTokens]) {}
+  __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
+                                       const bool (&)[kTokens], Mask (&ranks)[kTokens]) {
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) ranks[u] = token[u] >= 0 ? ranks_of_any(p, token[u]) : 0;
   }
@@ -165,34 +176,42 @@ struct Tally {
 
 // The warps of a block count what the tokens before `earlier` send, in `part`; the first warp looks
 // at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
-// must follow before the parts are read, none is needed where `earlier` is 0.
-template <class Look>
+// must follow before the parts are read, none is needed where `earlier` is 0. `between`: what there
+// is to do while the first ids are on their way.
+template <class Look, class Between>
 __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
-                                                   int last, Route& route) {
+                                                   int last, Route& route, Between between) {
   constexpr int kTokens = Look::kTokens;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int stride = blockDim.x;
-  uint64_t tile = 0;
-  Tally tally;
-#pragma unroll 1
-  for (int at = (warp - 1) * kWarp; at < earlier; at += kTokens * stride) {
-    int token[kTokens];
-    bool used[kTokens];
+  int at = (warp - 1) * kWarp, token[kTokens];
+  bool used[kTokens];
+  Look look;
+  const auto ask = [&] {
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
       const int t = at + u * stride;
       used[u] = t < earlier;
       token[u] = t + lane < earlier ? t + lane : -1;
     }
-    const bool own = at < 0;
-    if (own) token[0] = first + lane < last ? first + lane : -1;
+    if (at < 0) token[0] = first + lane < last ? first + lane : -1;
+    look.load(p, token);
+  };
+  if (at < earlier) ask();
+  between();
+  uint64_t tile = 0;
+  Tally tally;
+#pragma unroll 1
+  while (at < earlier) {
     typename Look::Mask ranks[kTokens];
-    Look::look(p, token, used, ranks);
-    if (own) {
+    look.look(p, token, used, ranks);
+    if (at < 0) {
       tile = ranks[0];
       ranks[0] = 0;
     }
     if (earlier > 0) tally.add(p.c.ep_size, ranks);
+    at += kTokens * stride;
+    if (at < earlier) ask();
   }
   if (earlier > 0) {
     route.part[warp][lane] = tally.low;
@@ -201,11 +220,13 @@ __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int 
   return tile;
 }
 
+template <class Between>
 __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
-                                                   int last, Route& route) {
-  if (!p.quick_ids) return look_at_tokens<AnyLook>(p, earlier, first, last, route);
-  return p.a.wide_ids ? look_at_tokens<QuickLook<uint64_t>>(p, earlier, first, last, route)
-                      : look_at_tokens<QuickLook<uint32_t>>(p, earlier, first, last, route);
+                                                   int last, Route& route, Between between) {
+  if (!p.quick_ids) return look_at_tokens<AnyLook>(p, earlier, first, last, route, between);
+  return p.a.wide_ids
+             ? look_at_tokens<QuickLook<uint64_t>>(p, earlier, first, last, route, between)
+             : look_at_tokens<QuickLook<uint32_t>>(p, earlier, first, last, route, between);
 }
 
 // What the tokens before `first` sent to rank d.
@@ -243,14 +264,19 @@ __device__ __forceinline__ void route_tile(const DispatchLaunch& p, int first, i
 struct Tiles {
   int32_t low = 0, high = 0;  // in the first warp
 
-  // Ends with a barrier. `first_tile`: the earlier tokens are counted too.
+  // Ends with a barrier. `first_tile`: the earlier tokens are counted too. All warps call
+  // `between`.
+  template <class Between>
   __device__ __forceinline__ void next(const DispatchLaunch& p, int first, int last,
-                                       bool first_tile, Route& route) {
+                                       bool first_tile, Route& route, Between between) {
     const int lane = threadIdx.x % kWarp;
     // Later tiles: only the first warp looks, and only at the tile.
     const int earlier = first_tile ? first : 0;
     uint64_t ranks = 0;
-    if (first_tile || threadIdx.x < kWarp) ranks = look_at_tokens(p, earlier, first, last, route);
+    if (first_tile || threadIdx.x < kWarp)
+      ranks = look_at_tokens(p, earlier, first, last, route, between);
+    else
+      between();
     if (earlier > 0) {
       __syncthreads();
       if (threadIdx.x < kWarp) {
@@ -270,7 +296,7 @@ __device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_
   const int total = static_cast<int>(p.a.tokens);
   // Here, and not before the stores, so that it costs no time of its own.
   if (fence && threadIdx.x < kWarp) fence_acq_rel_sys();
-  if (total > 0) look_at_tokens(p, total, total, total, route);
+  if (total > 0) look_at_tokens(p, total, total, total, route, [] {});
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
 #pragma unroll 1

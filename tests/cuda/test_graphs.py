@@ -30,6 +30,8 @@ def graph_of(body):
     """What `body` enqueues, and what it returns. Its kernels run in replays only."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():  # of a rank process, where nothing can be captured
+        stream = None
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = body()
     return graph, result

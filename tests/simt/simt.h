@@ -139,6 +139,7 @@ inline float __frcp_rn(float v) { return 1.0f / v; }
 
 // The threads of a process take turns, so these need no atomic instruction.
 inline uint32_t atomicExch(uint32_t* at, uint32_t v) { return std::exchange(*at, v); }
+inline uint32_t atomicAdd(uint32_t* at, uint32_t v) { return std::exchange(*at, *at + v); }
 inline void atomicMax(uint32_t* at, uint32_t v) { *at = std::max(*at, v); }
 inline void atomicOr(uint32_t* at, uint32_t v) { *at |= v; }
 
