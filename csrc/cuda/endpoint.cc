@@ -65,15 +65,18 @@ const char* launch(const Endpoint& e, const void* kernel, Grid grid, void* param
 // The last block of a grid has the headers, and rows only where it is alone.
 int movers(int blocks) { return std::max(blocks - 1, 1); }
 
-// Strips that a warp moves in one go: as few as fill the device with eight warps a multiprocessor.
+// Strips that a warp moves in one go: as few as fill the device with sixteen warps a
+// multiprocessor.
 int run_of(const Endpoint& e, int64_t strips) {
-  const int64_t warps = 8 * static_cast<int64_t>(movers(e.blocks));
+  const int64_t warps = 16 * static_cast<int64_t>(movers(e.blocks));
   return !e.options.lines || strips <= warps ? 1 : strips <= 2 * warps ? 2 : 4;
 }
 
-// A warp for each run that a peer sends, as long as there is room, and a block for the headers.
+// A warp for each run that a peer sends, as long as there is room, on as many multiprocessors as
+// there are; and a block for the headers. Runs of four take the registers of two.
 Grid packets_grid(const Endpoint& e, int64_t runs, int run) {
-  const int threads = run == 4 || runs <= 8 * movers(e.blocks) ? 256 : 512;
+  int threads = 128;
+  while (threads < (run == 4 ? 256 : 512) && runs > threads / 32 * movers(e.blocks)) threads *= 2;
   const int64_t wanted = (runs + threads / 32 - 1) / (threads / 32) + 1;
   return {static_cast<int>(std::clamp<int64_t>(wanted, 1, e.blocks)), threads, 0};
 }

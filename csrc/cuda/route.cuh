@@ -97,39 +97,65 @@ struct Ids {
   }
 };
 
-// How the ids of a lane's tokens are looked at: those of all its tokens loaded before the first is
-// used. Tokens `token` of the lane, -1 for none; `used`: whether any lane has one, in that place.
+// The tokens that a lane looks at in one go: token(u) of them, -1 for none. The first warp begins
+// with the tile [first, last), the others, and it after that, with the tokens before `earlier`.
+struct TokenBatch {
+  int at, earlier, first, last;
+
+  __device__ __forceinline__ bool used(int u) const {
+    return at + u * static_cast<int>(blockDim.x) < earlier;
+  }
+  __device__ __forceinline__ int token(int u) const {
+    const int lane = threadIdx.x % kWarp, t = at + u * static_cast<int>(blockDim.x) + lane;
+    if (at < 0 && u == 0) return first + lane < last ? first + lane : -1;
+    return t < earlier ? t : -1;
+  }
+};
+
+// The first eight ids of a batch's tokens, four of int32 or two of int64, all in flight at once.
+// The same loads for both, so that no branch has to end, and to wait for what else is on its way.
+struct EarlyIds {
+  static constexpr int kVectors = 8;
+  uint4 words[kVectors];
+
+  __device__ __forceinline__ void load(const DispatchLaunch& p, const TokenBatch& batch) {
+    const int shift = p.a.wide_ids ? 2 : 1, vectors = p.c.top_k >> (p.a.wide_ids ? 1 : 2);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int t = batch.token(i >> shift), v = i & ((1 << shift) - 1);
+      words[i] = {~0u, ~0u, ~0u, ~0u};
+      if (t >= 0 && v < vectors) words[i] = reinterpret_cast<const uint4*>(p.a.ids.row(t))[v];
+    }
+  }
+};
+
 template <class Id>
-class QuickLook {
- public:
+struct QuickLook {
   using Mask = uint32_t;
   static constexpr int kTokens = 16 / sizeof(Id);
 
-  __device__ __forceinline__ void load(const DispatchLaunch& p, const int (&token)[kTokens],
-                                       int first = 0) {
+  static __device__ __forceinline__ void look(const DispatchLaunch& p, const TokenBatch& batch,
+                                              const EarlyIds& early, Mask (&ranks)[kTokens]) {
+    constexpr int kVectors = Ids<Id>::kVectors;
 #pragma unroll
-    for (int u = 0; u < kTokens; ++u) ids_[u].load(p, token[u], first);
-  }
-  // After load().
-  __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
-                                       const bool (&used)[kTokens], Mask (&ranks)[kTokens]) {
+    for (int u = 0; u < kTokens; ++u) {
+      Ids<Id> ids;
 #pragma unroll
-    for (int u = 0; u < kTokens; ++u) ranks[u] = 0;
+      for (int i = 0; i < kVectors; ++i) ids.words[i] = early.words[u * kVectors + i];
+      ranks[u] = batch.used(u) ? ids.ranks(p.c) : 0;
+    }
 #pragma unroll 1
-    for (int first = 0;;) {
+    for (int first = 8; first < p.c.top_k; first += 8) {
+      Ids<Id> ids[kTokens];
+#pragma unroll
+      for (int u = 0; u < kTokens; ++u) ids[u].load(p, batch.token(u), first);
 #pragma unroll
       for (int u = 0; u < kTokens; ++u)
-        if (used[u]) ranks[u] |= ids_[u].ranks(p.c);
-      first += 8;
-      if (first >= p.c.top_k) break;
-      load(p, token, first);
+        if (batch.used(u)) ranks[u] |= ids[u].ranks(p.c);
     }
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) ranks[u] &= static_cast<Mask>(p.a.active);
   }
-
- private:
-  Ids<Id> ids_[kTokens];
 };
 
 // Out of line: the way that is seldom taken must not make the other one longer.
@@ -141,11 +167,11 @@ struct AnyLook {
   using Mask = uint64_t;
   static constexpr int kTokens = 2;
 
-  __device__ __forceinline__ void load(const DispatchLaunch&, const int (&)[kTokens]) {}
-  __device__ __forceinline__ void look(const DispatchLaunch& p, const int (&token)[kTokens],
-                                       const bool (&)[kTokens], Mask (&ranks)[kTokens]) {
+  static __device__ __forceinline__ void look(const DispatchLaunch& p, const TokenBatch& batch,
+                                              const EarlyIds&, Mask (&ranks)[kTokens]) {
 #pragma unroll
-    for (int u = 0; u < kTokens; ++u) ranks[u] = token[u] >= 0 ? ranks_of_any(p, token[u]) : 0;
+    for (int u = 0; u < kTokens; ++u)
+      ranks[u] = batch.token(u) >= 0 ? ranks_of_any(p, batch.token(u)) : 0;
   }
 };
 
@@ -174,59 +200,47 @@ struct Tally {
   }
 };
 
-// The warps of a block count what the tokens before `earlier` send, in `part`; the first warp looks
-// at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
-// must follow before the parts are read, none is needed where `earlier` is 0. `between`: what there
-// is to do while the first ids are on their way.
-template <class Look, class Between>
-__device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
-                                                   int last, Route& route, Between between) {
+template <class Look>
+__device__ __forceinline__ uint64_t look_at_batches(const DispatchLaunch& p, TokenBatch batch,
+                                                    EarlyIds& ids, Route& route) {
   constexpr int kTokens = Look::kTokens;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int stride = blockDim.x;
-  int at = (warp - 1) * kWarp, token[kTokens];
-  bool used[kTokens];
-  Look look;
-  const auto ask = [&] {
-#pragma unroll
-    for (int u = 0; u < kTokens; ++u) {
-      const int t = at + u * stride;
-      used[u] = t < earlier;
-      token[u] = t + lane < earlier ? t + lane : -1;
-    }
-    if (at < 0) token[0] = first + lane < last ? first + lane : -1;
-    look.load(p, token);
-  };
-  if (at < earlier) ask();
-  between();
   uint64_t tile = 0;
   Tally tally;
 #pragma unroll 1
-  while (at < earlier) {
+  while (batch.at < batch.earlier) {
     typename Look::Mask ranks[kTokens];
-    look.look(p, token, used, ranks);
-    if (at < 0) {
+    Look::look(p, batch, ids, ranks);
+    if (batch.at < 0) {
       tile = ranks[0];
       ranks[0] = 0;
     }
-    if (earlier > 0) tally.add(p.c.ep_size, ranks);
-    at += kTokens * stride;
-    if (at < earlier) ask();
+    if (batch.earlier > 0) tally.add(p.c.ep_size, ranks);
+    batch.at += kTokens * blockDim.x;
+    if (p.quick_ids && batch.at < batch.earlier) ids.load(p, batch);
   }
-  if (earlier > 0) {
+  if (batch.earlier > 0) {
     route.part[warp][lane] = tally.low;
     if (p.c.ep_size > kWarp) route.part[warp][lane + kWarp] = tally.high;
   }
   return tile;
 }
 
+// The warps of a block count what the tokens before `earlier` send, in `part`; the first warp looks
+// at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
+// must follow before the parts are read, none is needed where `earlier` is 0. `between`: what there
+// is to do while the first ids are on their way.
 template <class Between>
 __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
                                                    int last, Route& route, Between between) {
-  if (!p.quick_ids) return look_at_tokens<AnyLook>(p, earlier, first, last, route, between);
-  return p.a.wide_ids
-             ? look_at_tokens<QuickLook<uint64_t>>(p, earlier, first, last, route, between)
-             : look_at_tokens<QuickLook<uint32_t>>(p, earlier, first, last, route, between);
+  const int warp = threadIdx.x / kWarp;
+  const TokenBatch batch{(warp - 1) * kWarp, earlier, first, last};
+  EarlyIds ids;
+  if (p.quick_ids) ids.load(p, batch);
+  between();
+  if (!p.quick_ids) return look_at_batches<AnyLook>(p, batch, ids, route);
+  return p.a.wide_ids ? look_at_batches<QuickLook<uint64_t>>(p, batch, ids, route)
+                      : look_at_batches<QuickLook<uint32_t>>(p, batch, ids, route);
 }
 
 // What the tokens before `first` sent to rank d.
@@ -272,11 +286,7 @@ struct Tiles {
     const int lane = threadIdx.x % kWarp;
     // Later tiles: only the first warp looks, and only at the tile.
     const int earlier = first_tile ? first : 0;
-    uint64_t ranks = 0;
-    if (first_tile || threadIdx.x < kWarp)
-      ranks = look_at_tokens(p, earlier, first, last, route, between);
-    else
-      between();
+    const uint64_t ranks = look_at_tokens(p, earlier, first, last, route, between);
     if (earlier > 0) {
       __syncthreads();
       if (threadIdx.x < kWarp) {
