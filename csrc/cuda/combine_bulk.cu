@@ -11,7 +11,7 @@ namespace moe_a2a::cuda {
 namespace {
 
 constexpr int kMost = 512;  // threads
-constexpr int kShipper = kPushWarps, kFirstSummer = kPushWarps + 1;
+constexpr int kShipper = kPushWarps, kFlagger = kPushWarps + 1, kFirstSummer = kPushWarps + 2;
 
 template <int kScalar>
 constexpr int kSteps = kScalar == kScalarFp32 ? kPartStepsFp32 : kPartSteps;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __g
   MOE_SHARED(Progress, progress);
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x < kPushWarps) progress.made[threadIdx.x] = 0;
-  if (threadIdx.x == 0) progress.complete = progress.dead = progress.dealt = 0;
+  if (threadIdx.x == 0) progress.complete = progress.dead = progress.dealt = progress.taken = 0;
   __syncthreads();
   Units units(p);
   const Operation op = begin(p.c, kCombineOp);
@@ -170,11 +170,12 @@ __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __g
   if (warp < kPushWarps) {
     push_rows<Row, kScalar>(p, units, progress, stages);
   } else if (warp == kShipper) {
-    ship_rows<Row>(p, units, op.tag, progress, stages);
+    ship_rows<Row>(p, units, progress, stages);
+  } else if (warp == kFlagger) {
+    if (blockIdx.x == 0) send_combine_headers(p, op.tag, true);
+    raise_flags(p, units, op.tag, progress);
     if (blockIdx.x == 0) finish_combine(p, op);
   } else {
-    // Not by the warp that ships: a fence would hold up its first row.
-    if (blockIdx.x == 0 && warp == kFirstSummer) send_combine_headers(p, op.tag, true);
     sum_rows<Row, kScalar>(p, op);
   }
 }

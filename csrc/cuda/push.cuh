@@ -1,9 +1,8 @@
 // Combine in bulk, the way out. A few warps make the image of a row, piece by piece, in stages of
-// shared memory; one thread hands the stages to the bulk copy engine and raises the flag of rows
-// that have arrived. Nothing here waits for a peer.
+// shared memory; one thread hands the stages to the bulk copy engine; one warp raises the flags of
+// rows that have arrived. Nothing here waits for a peer.
 //
-// The engine takes a row off the multiprocessor at one instruction, and says of each row by itself
-// when it has arrived: a fence would wait for all stores that are on their way.
+// The engine takes a row off the multiprocessor at one instruction, and no warp waits for the link.
 #pragma once
 
 #include "sum.cuh"
@@ -17,12 +16,12 @@ static_assert(kPushWarps * kPushSteps * kWarpColumns == kQuantizedPiece);
 
 // Of the block's pieces and units, in shared memory.
 struct Progress {
-  static constexpr int kRing = 16;  // more than a warp can be ahead of another
+  static constexpr int kRing = 32;
 
   uint32_t made[kPushWarps];  // how many pieces each pushing warp has behind it
-  uint32_t complete;          // how many have arrived, and left their stages
+  uint32_t complete;          // how many the engine has
   uint32_t dead;
-  uint32_t dealt;  // how many units were
+  uint32_t dealt, taken;  // units: by the first warp, and by the last one that goes through them
   uint32_t unit[kRing];
 };
 
@@ -101,6 +100,8 @@ class Dealer {
       const Unit unit(p, units, index);
       if (unit.first < unit.last) break;  // a source with fewer rows than others has empty ones
     }
+    while (dealt_ - load_acquire_block(&progress.taken) >= Progress::kRing) {
+    }
     if (lane == 0) {
       progress.unit[dealt_ % Progress::kRing] = min(index, units.count);
       store_release_block(&progress.dealt, dealt_ + 1);
@@ -130,6 +131,7 @@ class Cursor {
   __device__ __forceinline__ int slot() const { return slot_; }
   __device__ __forceinline__ int flag() const { return flag_; }
   __device__ __forceinline__ int piece() const { return piece_; }
+  __device__ __forceinline__ uint32_t taken() const { return taken_; }
 
   __device__ __forceinline__ void next(const CombineLaunch& p, const Units& units,
                                        const Progress& progress) {
@@ -289,49 +291,62 @@ __device__ __forceinline__ void ship(const CombineLaunch& p, const Cursor& at,
   commit_bulk_copies();
 }
 
-// Of rows that are complete: the engine's writes are visible to this thread, so a release by it
-// covers them, and whoever acquires the flag sees the rows. That release would wait for all else
-// that is on its way from this multiprocessor, 10 us of a busy link, before the next row is
-// shipped. It is left out unless the memory model is taken at its word: complete means that the
-// peer's memory has answered, and the flag goes there after that.
-__device__ __forceinline__ void raise(const CombineLaunch& p, uint64_t* at, uint64_t tag) {
-  if (p.c.strict)
-    store_release_sys(at, tag);
-  else
-    store_relaxed_sys(at, tag);
-}
-
 // One warp, of which one lane has all the copies: groups are a thread's own.
 template <class Row>
-__device__ __forceinline__ void ship_rows(const CombineLaunch& p, const Units& units, uint64_t tag,
+__device__ __forceinline__ void ship_rows(const CombineLaunch& p, const Units& units,
                                           Progress& progress, uint8_t* stages) {
   const int lane = threadIdx.x % kWarp;
-  Cursor next(p, units, progress), oldest = next;
+  Cursor at(p, units, progress);
   int shipped = 0, complete = 0;
 #pragma unroll 1
-  while (!oldest.over()) {
+  while (!at.over() || complete < shipped) {
     // Acquire: what the warps wrote to the stage, and fenced, happens before the copy.
     const uint32_t own = load_acquire_block(&progress.made[lane % kPushWarps]);
     const int made = static_cast<int>(__reduce_min_sync(kAllLanes, own));
     if (shipped < made) {
       __syncwarp();  // what one lane has acquired, all have
-      if (lane == 0) ship<Row>(p, next, stage_of(p, stages, shipped));
+      if (lane == 0) ship<Row>(p, at, stage_of(p, stages, shipped));
       ++shipped;
-      next.next(p, units, progress);
+      at.next(p, units, progress);
       continue;
     }
     // A piece that flies alone is not waited for while others are still to be made: the link would
     // have nothing to do until the next one follows.
     const int flying = shipped - complete;
-    if (flying == 0 || (flying == 1 && !next.over())) continue;
+    if (flying == 0 || (flying == 1 && !at.over())) continue;
     ++complete;
     if (lane == 0) {
       await_oldest(flying);
       store_release_block(&progress.complete, complete);
-      if (oldest.ends_unit(p)) raise(p, flag(p, oldest.source(), p.c.rank, oldest.flag()), tag);
     }
     __syncwarp();
-    oldest.next(p, units, progress);
+  }
+}
+
+// One warp raises the flags of the units that are complete, after a fence for as many as there are.
+// The engine's writes are visible to the thread that waited for them, which releases them to this
+// one, and the fence makes them visible to whoever acquires a flag. It takes long, 10 us where the
+// link is busy, since it waits for all that is on its way from this multiprocessor: so it has a
+// warp of its own. (Without it rows were seen that had not come: complete does not mean that.)
+__device__ __forceinline__ void raise_flags(const CombineLaunch& p, const Units& units,
+                                            uint64_t tag, Progress& progress) {
+  const int lane = threadIdx.x % kWarp;
+  Cursor at(p, units, progress);
+  int raised = 0;
+#pragma unroll 1
+  while (!at.over()) {
+    const int own = static_cast<int>(load_acquire_block(&progress.complete));
+    const int complete = __shfl_sync(kAllLanes, own, 0);
+    if (complete == raised) continue;
+    if (lane == 0) fence_acq_rel_sys();
+#pragma unroll 1
+    for (; raised < complete; ++raised) {
+      if (lane == 0 && at.ends_unit(p))
+        store_relaxed_sys(flag(p, at.source(), p.c.rank, at.flag()), tag);
+      at.next(p, units, progress);
+    }
+    if (lane == 0) store_release_block(&progress.taken, at.taken());
+    __syncwarp();
   }
 }
 

@@ -37,18 +37,24 @@ inline uint64_t load_acquire_sys(const uint64_t* at) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
 inline void store_release_sys(uint32_t* at, uint32_t v) {
+  simt::release_bulk_copies();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
 inline void store_release_sys(uint64_t* at, uint64_t v) {
+  simt::release_bulk_copies();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
 inline void store_relaxed_sys(uint64_t* at, uint64_t v) {
   __atomic_store_n(at, v, __ATOMIC_RELAXED);
 }
 inline void add_release_sys(uint32_t* at, uint32_t v) {
+  simt::release_bulk_copies();
   __atomic_fetch_add(at, v, __ATOMIC_RELEASE);
 }
-inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_acq_rel); }
+inline void fence_acq_rel_sys() {
+  simt::release_bulk_copies();
+  std::atomic_thread_fence(std::memory_order_acq_rel);
+}
 inline void store_release_block(uint32_t* at, uint32_t v) { *at = v; }
 inline uint32_t load_acquire_block(const uint32_t* at) {
   simt::yield();

@@ -43,12 +43,19 @@ struct Warp {
   std::vector<Packet> packets[kLanes];
 };
 
+// A bulk copy that is complete: only a fence makes it visible to other devices.
+struct Complete {
+  void* to;
+  std::vector<uint8_t> bytes;
+};
+
 struct Block {
   Index index;
   std::vector<Warp> warps;
   unsigned arrived = 0, alive = 0, generation = 0;
   std::map<const void*, std::unique_ptr<uint8_t[]>> shared;
   std::vector<uint8_t> dynamic;
+  std::vector<Complete> complete;
 };
 
 struct Copy {
@@ -114,6 +121,7 @@ void body() {
   kernel(params);
   Fiber& f = *running;
   if (!f.copies.empty()) die("a thread ended before its bulk copies");
+  if (f.block->alive == 1) release_bulk_copies();
   f.done = true;
   Warp& w = *f.warp;
   if (--w.alive != 0 && w.arrived == w.alive) complete(w);
@@ -217,9 +225,16 @@ void await_bulk_copies(size_t pending) {
   Fiber& f = *running;
   while (!f.copies.empty() && f.copies.front().group + pending < f.groups) {
     const Copy& c = f.copies.front();
-    std::memcpy(c.to, c.from, c.bytes);
+    const auto* from = static_cast<const uint8_t*>(c.from);
+    f.block->complete.push_back({c.to, {from, from + c.bytes}});
     f.copies.erase(f.copies.begin());
   }
+}
+
+void release_bulk_copies() {
+  for (const Complete& c : running->block->complete)
+    std::memcpy(c.to, c.bytes.data(), c.bytes.size());
+  running->block->complete.clear();
 }
 
 void store_packet(void* at, uint64_t lo, uint64_t hi) {

@@ -42,6 +42,7 @@ void store_packet(void* at, uint64_t lo, uint64_t hi);
 void bulk_copy(void* to, const void* from, size_t bytes);
 void commit_bulk_copies();
 void await_bulk_copies(size_t pending);
+void release_bulk_copies();  // by a fence or release of any thread of the block
 
 template <class T>
 uint64_t bits(T value) {
