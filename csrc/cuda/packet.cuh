@@ -65,12 +65,6 @@ __device__ __forceinline__ Chunk load_bytes(const uint8_t* from, int count) {
   return load_odd_bytes(from, count);
 }
 
-// 16 bytes that a peer may have written since this kernel began: not by way of a read-only cache.
-__device__ __forceinline__ Chunk load_arrived(const uint8_t* from) {
-  if (!aligned(from, 16)) return load_odd_bytes(from, 16);
-  return *reinterpret_cast<const Chunk*>(from);
-}
-
 __device__ __forceinline__ void store_bytes(uint8_t* to, const Chunk& c, int count) {
   if (count == 16 && aligned(to, 16))
     *reinterpret_cast<ulonglong2*>(to) = make_ulonglong2(c.lo, c.hi);

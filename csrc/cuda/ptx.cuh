@@ -87,10 +87,6 @@ __device__ __forceinline__ void store_release_sys(uint32_t* at, uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
-__device__ __forceinline__ void store_release_sys(uint64_t* at, uint64_t v) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
-}
-
 __device__ __forceinline__ void store_relaxed_sys(uint64_t* at, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
 }

@@ -9,11 +9,8 @@
 
 namespace moe_a2a::cuda {
 
-constexpr int kColumns = 8;                      // of a lane
-constexpr int kWarpColumns = kWarp * kColumns;   // of a warp's step
-constexpr int kStageColumns = 8 * kWarpColumns;  // that a warp stages at a time
-constexpr int kStageScales = kStageColumns / 16;
-constexpr int kStageBytes = kStageColumns + kStageScales;
+constexpr int kColumns = 8;                     // of a lane
+constexpr int kWarpColumns = kWarp * kColumns;  // of a warp's step
 
 // In place of a wire or an input that a kernel is made for: it asks at run time, and is slower.
 constexpr int kAny = -1;
@@ -276,20 +273,6 @@ __device__ __forceinline__ uint32_t largest_of_columns(const uint8_t* row, int s
     amax = max(amax, batch.largest_of(scalar));
   }
   return largest_of_lanes<kWarp>(amax);
-}
-
-// A warp quantizes columns [first, last), whole steps but for the end of the row, into shared
-// memory at the place of column 0.
-template <int kAhead>  // steps whose loads are in flight
-__device__ __forceinline__ void quantize_columns(const QuantizeRow& r, int first, int last,
-                                                 uint8_t* payload, uint8_t* scales) {
-#pragma unroll 1
-  for (int step = first; step < last; step += kAhead * kWarpColumns) {
-    const int end = min(last, step + kAhead * kWarpColumns);
-    Batch<kAny, kAhead> batch;
-    batch.load(r.data, r.scalar, r.hidden, step, kWarpColumns, end);
-    batch.template quantize<kAny>(r, step, kWarpColumns, end, payload, scales);
-  }
 }
 
 // Bytes of codes that `columns` take.

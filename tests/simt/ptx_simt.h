@@ -40,10 +40,6 @@ inline void store_release_sys(uint32_t* at, uint32_t v) {
   simt::release_bulk_copies();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
-inline void store_release_sys(uint64_t* at, uint64_t v) {
-  simt::release_bulk_copies();
-  __atomic_store_n(at, v, __ATOMIC_RELEASE);
-}
 inline void store_relaxed_sys(uint64_t* at, uint64_t v) {
   __atomic_store_n(at, v, __ATOMIC_RELAXED);
 }
