@@ -106,6 +106,17 @@ __device__ __forceinline__ void add_release_sys(uint32_t* at, uint32_t v) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
+// Adds one to a word of this device's memory, below 2^31, and returns what was there; nothing waits
+// for it. An addition the compiler makes one of the warp, whose lanes share the answer at once.
+__device__ __forceinline__ uint32_t count_up(uint32_t* at) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7FFFFFFF;"
+               : "=r"(before)
+               : "l"(at)
+               : "memory");
+  return before;
+}
+
 __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }

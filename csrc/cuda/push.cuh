@@ -83,7 +83,7 @@ struct Unit {
 // with equal shares the last ones would have it to themselves at the end.
 class Dealer {
  public:
-  __device__ __forceinline__ Dealer() : asked_(blockIdx.x) {}
+  __device__ __forceinline__ Dealer() : asked_(blockIdx.x - gridDim.x) {}
 
   __device__ __forceinline__ void deal(const CombineLaunch& p, const Units& units,
                                        Progress& progress) {
@@ -92,11 +92,11 @@ class Dealer {
     int index;
 #pragma unroll 1
     for (;;) {
-      index = static_cast<int>(__shfl_sync(kAllLanes, asked_, 0));
+      index = static_cast<int>(__shfl_sync(kAllLanes, asked_, 0) + gridDim.x);
       over_ = index >= units.count;
       if (over_) break;
-      // On its way until the next one is dealt.
-      if (lane == 0) asked_ = gridDim.x + atomicAdd(&p.c.state->units, 1u);
+      // On its way until the next one is dealt, so nothing is made of it here.
+      if (lane == 0) asked_ = count_up(&p.c.state->units);
       const Unit unit(p, units, index);
       if (unit.first < unit.last) break;  // a source with fewer rows than others has empty ones
     }

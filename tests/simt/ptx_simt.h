@@ -47,6 +47,7 @@ inline void add_release_sys(uint32_t* at, uint32_t v) {
   simt::release_bulk_copies();
   __atomic_fetch_add(at, v, __ATOMIC_RELEASE);
 }
+inline uint32_t count_up(uint32_t* at) { return atomicAdd(at, 1u); }
 inline void fence_acq_rel_sys() {
   simt::release_bulk_copies();
   std::atomic_thread_fence(std::memory_order_acq_rel);
