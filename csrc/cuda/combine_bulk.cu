@@ -1,5 +1,5 @@
-// Combine of a large round. In every block some warps make rows for the ranks they came from, one
-// ships them into the inboxes there (push.cuh), and the others sum what has arrived, token by
+// Combine of a large round. In every block some warps push rows into the inboxes of the ranks they
+// came from, one says which have arrived (push.cuh), and the others sum what has come, token by
 // token, while the rest is on its way: summing at the end would cost as long as a quarter of the
 // transfer.
 #include "finish.cuh"
@@ -11,7 +11,11 @@ namespace moe_a2a::cuda {
 namespace {
 
 constexpr int kMost = 512;  // threads
-constexpr int kShipper = kPushWarps, kFlagger = kPushWarps + 1, kFirstSummer = kPushWarps + 2;
+
+template <class Row>
+constexpr int kFlagger = kPush<Row>.warps;
+template <class Row>
+constexpr int kFirstSummer = kFlagger<Row> + 1;
 
 template <int kScalar>
 constexpr int kSteps = kScalar == kScalarFp32 ? kPartStepsFp32 : kPartSteps;
@@ -137,8 +141,8 @@ __device__ __forceinline__ bool sum_part(const CombineLaunch& p, const Operation
 
 template <class Row, int kScalar>
 __device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation& op) {
-  const int summers = blockDim.x / kWarp - kFirstSummer, stride = gridDim.x * summers;
-  int unit = blockIdx.x * summers + threadIdx.x / kWarp - kFirstSummer;
+  const int summers = blockDim.x / kWarp - kFirstSummer<Row>, stride = gridDim.x * summers;
+  int unit = blockIdx.x * summers + threadIdx.x / kWarp - kFirstSummer<Row>;
   int token = unit / p.parts;
   Places places(p, token);
 #pragma unroll 1
@@ -154,11 +158,10 @@ __device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation
 
 template <class Row, int kScalar>
 __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __grid_constant__ p) {
-  MOE_DYNAMIC_SHARED(stages);
   MOE_SHARED(Progress, progress);
   const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x < kPushWarps) progress.made[threadIdx.x] = 0;
-  if (threadIdx.x == 0) progress.complete = progress.dead = progress.dealt = progress.taken = 0;
+  if (threadIdx.x < Progress::kMostWarps) progress.made[threadIdx.x] = 0;
+  if (threadIdx.x == 0) progress.dead = progress.dealt = progress.taken = 0;
   __syncthreads();
   Units units(p);
   const Operation op = begin(p.c, kCombineOp);
@@ -167,13 +170,11 @@ __global__ void __launch_bounds__(kMost, 1) combine_bulk(const CombineLaunch __g
   if (op.dead) progress.dead = 1;
   __syncthreads();
   if (progress.dead != 0) return;
-  if (warp < kPushWarps) {
-    push_rows<Row, kScalar>(p, units, progress, stages);
-  } else if (warp == kShipper) {
-    ship_rows<Row>(p, units, progress, stages);
-  } else if (warp == kFlagger) {
+  if (warp < kPush<Row>.warps) {
+    push_rows<Row, kScalar>(p, units, progress);
+  } else if (warp == kFlagger<Row>) {
     if (blockIdx.x == 0) send_combine_headers(p, op.tag, true);
-    raise_flags(p, units, op.tag, progress);
+    raise_flags<Row>(p, units, op.tag, progress);
     if (blockIdx.x == 0) finish_combine(p, op);
   } else {
     sum_rows<Row, kScalar>(p, op);

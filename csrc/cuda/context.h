@@ -111,10 +111,13 @@ struct DispatchLaunch {
   RoundFacts facts;
 };
 
-// A combine in bulk stages rows in shared memory, in pieces: bytes of a plain row, codes of a
-// quantized one with their scales.
-constexpr int kStages = 4;
-constexpr int kPlainPiece = 16 << 10, kQuantizedPiece = 8 << 10;
+// Warps of a block that push rows in a combine in bulk, and steps of a warp, 512 bytes of a plain
+// row or columns of a quantized one, in its part of a piece at most: two parts are in registers.
+struct Push {
+  int warps, steps;
+};
+constexpr Push kPushPlain{4, 7}, kPushQuantized{8, 2};
+constexpr int kPushStep = 512;
 // Steps of a warp, 256 columns each, that a part of a sum has at most, by the dtype of y: what a
 // warp has registers for.
 constexpr int kPartSteps = 4, kPartStepsFp32 = 2;
@@ -126,8 +129,9 @@ struct CombineLaunch {
   int32_t tokens, max_rows;
   int32_t pitch, runs;  // bytes and runs of strips of a row in the inbox
   FastDivisor by_runs, by_rows;
-  // In bulk: parts that a token is summed in, pieces that a row is staged in, bytes of a stage.
-  int32_t parts, pieces, stage_bytes;
+  // In bulk: parts that a token is summed in, pieces that a row is pushed in, steps of a warp in
+  // one.
+  int32_t parts, pieces, push_steps;
   int32_t rows_per_flag;
   int64_t flags;             // offset of the first source's flags in a window
   int64_t flags_per_source;  // bytes

@@ -169,14 +169,13 @@ const char* combine_in_bulk(Endpoint& e, CombineLaunch& p, cudaStream_t stream) 
   while (of_part > 1 && e.tokens * ((2 * steps + of_part - 1) / of_part) <= kSummers * blocks)
     of_part /= 2;
   p.parts = static_cast<int32_t>((steps + of_part - 1) / of_part);
-  // A piece of a quantized row has a byte of scales for 32 codes.
-  const int64_t bytes = quantized(wire) ? hidden : e.geometry.combine_bytes;
-  const int64_t most = quantized(wire) ? kQuantizedPiece : kPlainPiece;
-  const int64_t piece = std::min(bytes, most);
-  p.pieces = static_cast<int32_t>((bytes + most - 1) / most);
-  p.stage_bytes = static_cast<int32_t>(piece + (quantized(wire) ? round_up(piece / 32, 16) : 0));
-  return launch(e, combine_bulk_kernel(wire, p.a.scalar),
-                {blocks, kThreads, kStages * p.stage_bytes}, &p, stream);
+  // Pieces about as long as each other.
+  const Push push = quantized(wire) ? kPushQuantized : kPushPlain;
+  const int64_t pushed = quantized(wire) ? hidden : e.geometry.combine_bytes;
+  const int64_t of_warp = (pushed + push.warps * kPushStep - 1) / (push.warps * kPushStep);
+  p.pieces = static_cast<int32_t>((of_warp + push.steps - 1) / push.steps);
+  p.push_steps = static_cast<int32_t>((of_warp + p.pieces - 1) / p.pieces);
+  return launch(e, combine_bulk_kernel(wire, p.a.scalar), {blocks, kThreads, 0}, &p, stream);
 }
 
 void place(Context& c, const Endpoint& e) {
@@ -219,11 +218,9 @@ const char* load_kernels() {
     for (int wire : {kBf16, kFp16, kFp32})
       for (bool lines : {false, true}) kernels.push_back(combine_packets_kernel(lines, wire, run));
   }
-  std::vector<const void*> combines;
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
     for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32})
-      combines.push_back(combine_bulk_kernel(wire, scalar));
-  kernels.insert(kernels.end(), combines.begin(), combines.end());
+      kernels.push_back(combine_bulk_kernel(wire, scalar));
   for (const void* kernel : kernels) {
     cudaFuncAttributes attributes;
     if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
@@ -231,10 +228,6 @@ const char* load_kernels() {
   for (const void* kernel : staged)
     if (const char* error = text_of(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
-      return error;
-  for (const void* kernel : combines)
-    if (const char* error = text_of(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStages * kPlainPiece)))
       return error;
   return nullptr;
 }
@@ -251,7 +244,7 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
   Context& c = e.context;
   c = {};
   for (int r = 0; r < e.geometry.ep_size; ++r) c.window[r] = reinterpret_cast<uint8_t*>(windows[r]);
-  // Packets and bulk copies are accesses of 16 bytes.
+  // Packets and rows of a combine are stored by 16 bytes.
   for (int r = 0; r < e.geometry.ep_size; ++r)
     if (windows[r] % kChunk != 0) return "a window is not aligned to 16 bytes";
   if (e.geometry.combine_bytes % kChunk != 0) return "combine_bytes is no multiple of 16";

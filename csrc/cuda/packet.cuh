@@ -52,10 +52,18 @@ static __device__ __noinline__ void store_odd_bytes(uint8_t* to, Chunk c, int co
   }
 }
 
+__device__ __forceinline__ Chunk chunk_of(const uint4& v) {
+  return {v.x | static_cast<uint64_t>(v.y) << 32, v.z | static_cast<uint64_t>(v.w) << 32};
+}
+
 // 16 bytes of aligned memory that nobody writes while the kernel runs.
 __device__ __forceinline__ Chunk load_chunk(const uint8_t* from) {
-  const uint4 v = load_once(reinterpret_cast<const uint4*>(from));
-  return {v.x | static_cast<uint64_t>(v.y) << 32, v.z | static_cast<uint64_t>(v.w) << 32};
+  return chunk_of(load_once(reinterpret_cast<const uint4*>(from)));
+}
+
+// The same where this lane, not its neighbour, loads the next 16 bytes.
+__device__ __forceinline__ Chunk load_neighbour(const uint8_t* from) {
+  return chunk_of(load_sector_part(reinterpret_cast<const uint4*>(from)));
 }
 
 // `count` bytes, at most 16; zeros after them.

@@ -91,6 +91,18 @@ __device__ __forceinline__ void store_relaxed_sys(uint64_t* at, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
 }
 
+// Weak stores, as any assignment is, which other devices see after a release only; but the compiler
+// leaves them behind loads that were asked for before.
+__device__ __forceinline__ void store_weak(uint8_t* at, const Chunk& c) {
+  asm volatile("st.global.v2.u64 [%0], {%1, %2};" ::"l"(at), "l"(c.lo), "l"(c.hi) : "memory");
+}
+__device__ __forceinline__ void store_weak(uint8_t* at, uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_weak(uint8_t* at, uint8_t v) {
+  asm volatile("st.global.u8 [%0], %1;" ::"l"(at), "r"(static_cast<uint32_t>(v)) : "memory");
+}
+
 // Of shared memory, between the warps of a block.
 __device__ __forceinline__ void store_release_block(uint32_t* at, uint32_t v) {
   asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
@@ -121,39 +133,20 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
-// ---- bulk copies ------------------------------------------------------------------------------
-
-// What this thread has written to shared memory, bulk copies issued later may read: by itself, or
-// by a thread that synchronizes with it.
-__device__ __forceinline__ void fence_for_bulk_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// From shared memory to any device's; addresses and `bytes` are multiples of 16.
-__device__ __forceinline__ void bulk_copy(uint8_t* to, const uint8_t* shared, uint32_t bytes) {
-  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
-               "r"(bytes)
-               : "memory");
-}
-
-// Makes a group of the copies that this thread has issued since the last one.
-__device__ __forceinline__ void commit_bulk_copies() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until all groups of this thread but the latest `kPending` are complete: read, written, and
-// visible to this thread.
-template <int kPending>
-__device__ __forceinline__ void await_bulk_copies() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // ---- data read once -------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_once(const uint4* at) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
+// Of a sector of which this thread reads the rest next: by way of the L1, which asks for it once.
+__device__ __forceinline__ uint4 load_sector_part(const uint4* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(at));
   return v;

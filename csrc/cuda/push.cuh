@@ -1,25 +1,19 @@
-// Combine in bulk, the way out. A few warps make the image of a row, piece by piece, in stages of
-// shared memory; one thread hands the stages to the bulk copy engine; one warp raises the flags of
+// Combine in bulk, the way out. A few warps take rows, piece by piece, into registers and store
+// them, quantized or as they are, straight into the peers' inboxes; one warp raises the flags of
 // rows that have arrived. Nothing here waits for a peer.
-//
-// The engine takes a row off the multiprocessor at one instruction, and no warp waits for the link.
 #pragma once
 
-#include "sum.cuh"
+#include "piece.cuh"
 
 namespace moe_a2a::cuda {
-
-constexpr int kPushWarps = 4;
-constexpr int kPushSteps = 8;  // loads of a lane in flight: a piece is all of them, of all warps
-static_assert(kPushWarps * kPushSteps * kWarp * 16 == kPlainPiece);
-static_assert(kPushWarps * kPushSteps * kWarpColumns == kQuantizedPiece);
 
 // Of the block's pieces and units, in shared memory.
 struct Progress {
   static constexpr int kRing = 32;
+  static constexpr int kMostWarps = 8;
+  static_assert(kPushPlain.warps <= kMostWarps && kPushQuantized.warps <= kMostWarps);
 
-  uint32_t made[kPushWarps];  // how many pieces each pushing warp has behind it
-  uint32_t complete;          // how many the engine has
+  uint32_t made[kMostWarps];  // how many pieces each pushing warp has stored its parts of
   uint32_t dead;
   uint32_t dealt, taken;  // units: by the first warp, and by the last one that goes through them
   uint32_t unit[kRing];
@@ -114,7 +108,7 @@ class Dealer {
   bool over_ = false;
 };
 
-// A place in the block's sequence of pieces. Every warp that makes, ships or completes them goes
+// A place in the block's sequence of pieces. Every warp that stores them or raises their flags goes
 // through all of it, with all its lanes.
 class Cursor {
  public:
@@ -161,186 +155,107 @@ class Cursor {
   int source_, flag_, first_, slot_, last_, piece_ = 0;
 };
 
-// ---- pieces ----------------------------------------------------------------------------------
+// ---- pushing ---------------------------------------------------------------------------------
 
-// A piece of a row: `bytes` bytes of it, or of its codes, from `first` on.
-template <class Row>
-struct Extent {
-  static constexpr int kMost = Row::kQuantized ? kQuantizedPiece : kPlainPiece;
-  int first, bytes;
-
-  __device__ __forceinline__ Extent(const CombineLaunch& p, int piece) : first(piece * kMost) {
-    const int all = Row::kQuantized ? p.c.hidden : static_cast<int>(p.c.combine_bytes);
-    bytes = min(kMost, all - first);
-  }
-};
-
-// What a warp has of a piece, in registers. All of it is asked for before any of it is used; past
-// the end the last bytes once more, since a load that may not happen would part the others.
+// One warp of those that have a piece together. Dealing comes before the loads, for it ends in a
+// barrier for memory.
 template <class Row, int kScalar>
-struct Part {  // of a plain row
-  Chunk data[kPushSteps];
+class Pusher {
+ public:
+  __device__ __forceinline__ Pusher(const CombineLaunch& p, const Units& units, Progress& progress)
+      : p_(p), units_(units), progress_(progress) {}
 
-  static __device__ __forceinline__ int at(int u) {
-    return (u * kPushWarps * kWarp + static_cast<int>(threadIdx.x)) * 16;
-  }
-  __device__ __forceinline__ void load(const uint8_t* y, const Extent<Row>& e) {
-    y += e.first;
-    if (aligned(y, 16)) {
-#pragma unroll
-      for (int u = 0; u < kPushSteps; ++u) data[u] = load_chunk(y + min(at(u), e.bytes - 16));
-    } else {
-#pragma unroll
-      for (int u = 0; u < kPushSteps; ++u)
-        data[u] = load_odd_bytes(y + min(at(u), e.bytes - 16), 16);
+  // The next part is asked for before the stores of this one, which wait for the link, and is not
+  // waited for until they are under way. A part has come, or is a copy of one that has, before the
+  // next one is asked for: a wait is for all loads on their way, whosever they are.
+  __device__ __forceinline__ void push_ahead() {
+    deal();
+    Cursor at(p_, units_, progress_);
+    if (at.over()) return;
+    Part<Row, kScalar> part, ahead;
+    load<true>(part, at);
+    part.await();
+#pragma unroll 1
+    for (;;) {
+      at.next(p_, units_, progress_);
+      const bool more = !at.over();
+      if (more) load<true>(ahead, at);
+      store(part);
+      if (!more) break;
+      part = ahead;
     }
   }
-  __device__ __forceinline__ void store(uint8_t* stage, const Extent<Row>& e) const {
-#pragma unroll
-    for (int u = 0; u < kPushSteps; ++u)
-      if (at(u) < e.bytes) *reinterpret_cast<Chunk*>(stage + at(u)) = data[u];
-  }
-};
-
-template <int kWire, int kScalar>
-struct Part<Scaled<kWire>, kScalar> {
-  RawColumns raw[kPushSteps];
-
-  static __device__ __forceinline__ int at(int u) {
-    return (u * kPushWarps * kWarp + static_cast<int>(threadIdx.x)) * kColumns;
-  }
-  __device__ __forceinline__ void load(const uint8_t* y, const Extent<Scaled<kWire>>& e) {
-    load_row<kScalar>(y, e.first + at(0), kPushWarps * kWarpColumns, e.first + e.bytes, raw);
-  }
-  __device__ __forceinline__ void store(uint8_t* stage, const Extent<Scaled<kWire>>& e) const {
-    constexpr int kTogether = 4;
-#pragma unroll
-    for (int first = 0; first < kPushSteps; first += kTogether) {
-      // The first lane's column: lanes past the end of the row have their part in the shuffles.
-      if (at(first) - static_cast<int>(threadIdx.x % kWarp) * kColumns >= e.bytes) break;
-      uint32_t amax[kTogether];
-      Scaled<kWire>::template largest_of_blocks<kScalar>(raw + first, amax);
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        const auto row = Scaled<kWire>::template quantize<kScalar>(raw[first + u], amax[u]);
-        if (at(first + u) < e.bytes)
-          Scaled<kWire>::store(row, at(first + u), stage, stage + e.bytes);
-      }
+  // Rows of y at odd addresses: loading them byte by byte is slow, and takes the registers.
+  __device__ __forceinline__ void push_odd() {
+    deal();
+#pragma unroll 1
+    for (Cursor at(p_, units_, progress_); !at.over(); at.next(p_, units_, progress_)) {
+      Part<Row, kScalar> part;
+      load<false>(part, at);
+      store(part);
     }
   }
-};
 
-__device__ __forceinline__ uint8_t* stage_of(const CombineLaunch& p, uint8_t* stages, int piece) {
-  return stages + piece % kStages * p.stage_bytes;
-}
+ private:
+  __device__ __forceinline__ void deal() {
+    if (threadIdx.x < kWarp) dealer_.deal(p_, units_, progress_);
+  }
+  template <bool kAligned>
+  __device__ __forceinline__ void load(Part<Row, kScalar>& part, const Cursor& at) {
+    if (at.begins_unit()) deal();
+    part.template load<kAligned>(
+        p_.a.y + at.source() * p_.a.source_stride + at.slot() * p_.a.row_stride,
+        inbox_row(p_, at.source(), p_.c.rank, at.slot()), Extent<Row>(p_, at.piece()));
+  }
+  __device__ __forceinline__ void store(const Part<Row, kScalar>& part) {
+    part.store(p_);
+    ++made_;
+    __syncwarp();
+    // Release: what the lanes have stored, ordered before this lane by the barrier, happens before
+    // what a thread does that acquires this.
+    if (threadIdx.x % kWarp == 0) store_release_block(&progress_.made[threadIdx.x / kWarp], made_);
+  }
+
+  const CombineLaunch& p_;
+  const Units& units_;
+  Progress& progress_;
+  Dealer dealer_;
+  uint32_t made_ = 0;
+};
 
 template <class Row, int kScalar>
 __device__ __forceinline__ void push_rows(const CombineLaunch& p, const Units& units,
-                                          Progress& progress, uint8_t* stages) {
-  const bool deals = threadIdx.x < kWarp;
-  Dealer dealer;
-  if (deals) dealer.deal(p, units, progress);
-  int made = 0;
-#pragma unroll 1
-  for (Cursor at(p, units, progress); !at.over(); at.next(p, units, progress)) {
-    if (deals && at.begins_unit()) dealer.deal(p, units, progress);
-    const Extent<Row> extent(p, at.piece());
-    Part<Row, kScalar> part;
-    part.load(p.a.y + at.source() * p.a.source_stride + at.slot() * p.a.row_stride, extent);
-    // Acquire, by every lane: the engine has read what was in the stage before.
-    while (static_cast<int>(load_acquire_block(&progress.complete)) + kStages <= made) {
-    }
-    __syncwarp();
-    part.store(stage_of(p, stages, made), extent);
-    fence_for_bulk_copies();
-    __syncwarp();
-    ++made;
-    // Release: what the lanes wrote and fenced, ordered before this lane by the barrier, happens
-    // before what the shipping thread does next.
-    if (threadIdx.x % kWarp == 0) store_release_block(&progress.made[threadIdx.x / kWarp], made);
-  }
-}
-
-// ---- shipping --------------------------------------------------------------------------------
-
-// Until the oldest of `flying` pieces is complete; the instruction takes a constant.
-__device__ __forceinline__ void await_oldest(int flying) {
-  static_assert(kStages == 4);
-  switch (flying) {
-    case 4:
-      return await_bulk_copies<3>();
-    case 3:
-      return await_bulk_copies<2>();
-    case 2:
-      return await_bulk_copies<1>();
-    default:
-      return await_bulk_copies<0>();
-  }
-}
-
-// One thread.
-template <class Row>
-__device__ __forceinline__ void ship(const CombineLaunch& p, const Cursor& at,
-                                     const uint8_t* stage) {
-  const Extent<Row> e(p, at.piece());
-  uint8_t* row = inbox_row(p, at.source(), p.c.rank, at.slot());
-  bulk_copy(row + e.first, stage, e.bytes);
-  if constexpr (Row::kQuantized)  // up to the row's end, which is that of 16 bytes too
-    bulk_copy(row + p.c.hidden + e.first / 32, stage + e.bytes,
-              static_cast<uint32_t>(round_up(e.bytes / 32, 16)));
-  commit_bulk_copies();
-}
-
-// One warp, of which one lane has all the copies: groups are a thread's own.
-template <class Row>
-__device__ __forceinline__ void ship_rows(const CombineLaunch& p, const Units& units,
-                                          Progress& progress, uint8_t* stages) {
-  const int lane = threadIdx.x % kWarp;
-  Cursor at(p, units, progress);
-  int shipped = 0, complete = 0;
-#pragma unroll 1
-  while (!at.over() || complete < shipped) {
-    // Acquire: what the warps wrote to the stage, and fenced, happens before the copy.
-    const uint32_t own = load_acquire_block(&progress.made[lane % kPushWarps]);
-    const int made = static_cast<int>(__reduce_min_sync(kAllLanes, own));
-    if (shipped < made) {
-      __syncwarp();  // what one lane has acquired, all have
-      if (lane == 0) ship<Row>(p, at, stage_of(p, stages, shipped));
-      ++shipped;
-      at.next(p, units, progress);
-      continue;
-    }
-    // A piece that flies alone is not waited for while others are still to be made: the link would
-    // have nothing to do until the next one follows.
-    const int flying = shipped - complete;
-    if (flying == 0 || (flying == 1 && !at.over())) continue;
-    ++complete;
-    if (lane == 0) {
-      await_oldest(flying);
-      store_release_block(&progress.complete, complete);
-    }
-    __syncwarp();
-  }
+                                          Progress& progress) {
+  Pusher<Row, kScalar> pusher(p, units, progress);
+  if (aligned(p.a.y, 16) && ((p.a.source_stride | p.a.row_stride) & 15) == 0)
+    pusher.push_ahead();
+  else
+    pusher.push_odd();
 }
 
 // One warp raises the flags of the units that are complete, after a fence for as many as there are.
-// The engine's writes are visible to the thread that waited for them, which releases them to this
-// one, and the fence makes them visible to whoever acquires a flag. It takes long, 10 us where the
-// link is busy, since it waits for all that is on its way from this multiprocessor: so it has a
-// warp of its own. (Without it rows were seen that had not come: complete does not mean that.)
+// The fence takes long, 10 us where the link is busy, since it waits for all that is on its way
+// from this multiprocessor: so it has a warp of its own.
+//
+// Rows were stored by other warps, each of which has released what its lanes stored. Every lane
+// acquires, though each looks at one warp only, and none knows of the others by the reduction,
+// which exchanges values and orders nothing. The barrier of the warp puts all the acquires before
+// the fence of one lane, and so all the stores: its fence and the flags after it are a release.
+template <class Row>
 __device__ __forceinline__ void raise_flags(const CombineLaunch& p, const Units& units,
                                             uint64_t tag, Progress& progress) {
   const int lane = threadIdx.x % kWarp;
   Cursor at(p, units, progress);
-  int raised = 0;
+  uint32_t raised = 0;
 #pragma unroll 1
   while (!at.over()) {
-    const int own = static_cast<int>(load_acquire_block(&progress.complete));
-    const int complete = __shfl_sync(kAllLanes, own, 0);
-    if (complete == raised) continue;
+    const uint32_t own = load_acquire_block(&progress.made[lane % kPush<Row>.warps]);
+    const uint32_t made = __reduce_min_sync(kAllLanes, own);
+    if (made == raised) continue;
+    __syncwarp();
     if (lane == 0) fence_acq_rel_sys();
 #pragma unroll 1
-    for (; raised < complete; ++raised) {
+    for (; raised < made; ++raised) {
       if (lane == 0 && at.ends_unit(p))
         store_relaxed_sys(flag(p, at.source(), p.c.rank, at.flag()), tag);
       at.next(p, units, progress);

@@ -172,16 +172,6 @@ struct Scaled {
     return {{static_cast<uint32_t>(own.low.lo), static_cast<uint32_t>(own.low.lo >> 32)},
             static_cast<uint32_t>(own.low.hi)};
   }
-  // To the place of column `col`, of which a lane of each block has the first.
-  static __device__ __forceinline__ void store(const Loaded& l, int col, uint8_t* codes,
-                                               uint8_t* scales) {
-    *reinterpret_cast<uint2*>(codes + col) = l.codes;
-    if (col % kBlock != 0) return;
-    if constexpr (kWire == kMxfp8)
-      scales[col / kBlock] = static_cast<uint8_t>(l.scale);
-    else
-      reinterpret_cast<uint32_t*>(scales)[col / kBlock] = l.scale;
-  }
   static __device__ __forceinline__ void add(const Loaded& l, float (&sum)[kColumns]) {
     const float scale = kWire == kMxfp8 ? e8m0_decode(l.scale) : __uint_as_float(l.scale);
 #pragma unroll

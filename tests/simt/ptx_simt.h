@@ -37,38 +37,37 @@ inline uint64_t load_acquire_sys(const uint64_t* at) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
 inline void store_release_sys(uint32_t* at, uint32_t v) {
-  simt::release_bulk_copies();
+  simt::show_stores();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
 inline void store_relaxed_sys(uint64_t* at, uint64_t v) {
   __atomic_store_n(at, v, __ATOMIC_RELAXED);
 }
 inline void add_release_sys(uint32_t* at, uint32_t v) {
-  simt::release_bulk_copies();
+  simt::show_stores();
   __atomic_fetch_add(at, v, __ATOMIC_RELEASE);
 }
 inline uint32_t count_up(uint32_t* at) { return atomicAdd(at, 1u); }
 inline void fence_acq_rel_sys() {
-  simt::release_bulk_copies();
+  simt::show_stores();
   std::atomic_thread_fence(std::memory_order_acq_rel);
 }
-inline void store_release_block(uint32_t* at, uint32_t v) { *at = v; }
+// Weak stores get to other devices no earlier than the memory model promises.
+template <class T>
+inline void store_weak(uint8_t* at, const T& v) {
+  simt::store_weak(at, &v, sizeof(T));
+}
+inline void store_release_block(uint32_t* at, uint32_t v) {
+  simt::release_stores();
+  *at = v;
+}
 inline uint32_t load_acquire_block(const uint32_t* at) {
   simt::yield();
   return *at;
 }
 
-inline void fence_for_bulk_copies() {}
-inline void bulk_copy(uint8_t* to, const uint8_t* shared, uint32_t bytes) {
-  simt::bulk_copy(to, shared, bytes);
-}
-inline void commit_bulk_copies() { simt::commit_bulk_copies(); }
-template <int kPending>
-inline void await_bulk_copies() {
-  simt::await_bulk_copies(kPending);
-}
-
 inline uint4 load_once(const uint4* at) { return *at; }
+inline uint4 load_sector_part(const uint4* at) { return *at; }
 
 // Up to 2 ms ahead, each time by as much as it likes: lanes that ask one after the other must not
 // come to different conclusions.

@@ -36,17 +36,18 @@ struct Packet {
   uint64_t lo, hi;
 };
 
+struct Weak {
+  void* at;
+  size_t bytes;
+  uint8_t data[16];
+};
+
 struct Warp {
   uint64_t value[2][kLanes];
   Kind kind = kShuffle;
   unsigned arrived = 0, alive = kLanes, generation = 0;
   std::vector<Packet> packets[kLanes];
-};
-
-// A bulk copy that is complete: only a fence makes it visible to other devices.
-struct Complete {
-  void* to;
-  std::vector<uint8_t> bytes;
+  std::vector<Weak> stored;
 };
 
 struct Block {
@@ -55,13 +56,7 @@ struct Block {
   unsigned arrived = 0, alive = 0, generation = 0;
   std::map<const void*, std::unique_ptr<uint8_t[]>> shared;
   std::vector<uint8_t> dynamic;
-  std::vector<Complete> complete;
-};
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes, group;
+  std::vector<Weak> released;
 };
 
 struct Fiber {
@@ -70,8 +65,6 @@ struct Fiber {
   Warp* warp;
   unsigned thread;
   bool done = false;
-  std::vector<Copy> copies;  // not made yet
-  size_t groups = 0;         // of bulk copies, committed
 };
 
 using Kernel = void (*)(const void*);
@@ -120,8 +113,8 @@ void complete(Block& b) {
 void body() {
   kernel(params);
   Fiber& f = *running;
-  if (!f.copies.empty()) die("a thread ended before its bulk copies");
-  if (f.block->alive == 1) release_bulk_copies();
+  release_stores();
+  if (f.block->alive == 1) show_stores();
   f.done = true;
   Warp& w = *f.warp;
   if (--w.alive != 0 && w.arrived == w.alive) complete(w);
@@ -208,33 +201,23 @@ void* shared(const void* key, size_t bytes) {
 
 void* dynamic_shared() { return running->block->dynamic.data(); }
 
-void bulk_copy(void* to, const void* from, size_t bytes) {
-  Fiber& f = *running;
-  const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
-  if (all % 16 != 0) die("a bulk copy is not aligned");
-  const std::vector<uint8_t>& source = f.block->dynamic;
-  const auto* first = static_cast<const uint8_t*>(from);
-  if (first < source.data() || first + bytes > source.data() + source.size())
-    die("a bulk copy from outside of shared memory");
-  f.copies.push_back({to, from, bytes, f.groups});
+void store_weak(void* at, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes != 0) die("a store is not aligned");
+  Weak weak{at, bytes, {}};
+  std::memcpy(weak.data, from, bytes);
+  running->warp->stored.push_back(weak);
 }
 
-void commit_bulk_copies() { ++running->groups; }
-
-void await_bulk_copies(size_t pending) {
-  Fiber& f = *running;
-  while (!f.copies.empty() && f.copies.front().group + pending < f.groups) {
-    const Copy& c = f.copies.front();
-    const auto* from = static_cast<const uint8_t*>(c.from);
-    f.block->complete.push_back({c.to, {from, from + c.bytes}});
-    f.copies.erase(f.copies.begin());
-  }
+void release_stores() {
+  std::vector<Weak>&from = running->warp->stored, &to = running->block->released;
+  to.insert(to.end(), from.begin(), from.end());
+  from.clear();
 }
 
-void release_bulk_copies() {
-  for (const Complete& c : running->block->complete)
-    std::memcpy(c.to, c.bytes.data(), c.bytes.size());
-  running->block->complete.clear();
+void show_stores() {
+  release_stores();
+  for (const Weak& w : running->block->released) std::memcpy(w.at, w.data, w.bytes);
+  running->block->released.clear();
 }
 
 void store_packet(void* at, uint64_t lo, uint64_t hi) {
@@ -263,7 +246,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
       b.alive = block_size.x;
       b.dynamic.assign(config->dynamicSmemBytes + 16, 0xCD);
     }
-    fibers[i] = {nullptr, &b, &b.warps[thread / kLanes], thread, false, {}, 0};
+    fibers[i] = {nullptr, &b, &b.warps[thread / kLanes], thread, false};
     prepare(fibers[i], stacks + i * kStack);
   }
   for (unsigned left = threads; left != 0;) {

@@ -38,11 +38,11 @@ void block_barrier();
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
 void store_packet(void* at, uint64_t lo, uint64_t hi);
-// Of the running thread. A copy happens no earlier than its thread waits for it.
-void bulk_copy(void* to, const void* from, size_t bytes);
-void commit_bulk_copies();
-void await_bulk_copies(size_t pending);
-void release_bulk_copies();  // by a fence or release of any thread of the block
+// What a warp stores in this way is seen by nobody before one of its lanes has released it to the
+// block, and after that a thread of the block has fenced, or released, for the system.
+void store_weak(void* at, const void* from, size_t bytes);
+void release_stores();
+void show_stores();
 
 template <class T>
 uint64_t bits(T value) {

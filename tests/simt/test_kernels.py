@@ -130,7 +130,7 @@ def test_rows_of_a_real_model(pool, wire, back):
 
 @pytest.mark.parametrize("back", COMBINE_WIRES)
 def test_rows_of_several_pieces_in_bulk(pool, back):
-    """Few tokens, but R of rounds in bulk; rows larger than a stage, summed in unlike parts."""
+    """Few tokens, but R of rounds in bulk; rows larger than a piece, summed in unlike parts."""
     case = Case(2, experts=4, top_k=3, hidden=17536, capacity=120, combine_wire=back)
     rounds = [
         Round(1, tokens=(9, 2), rows=120),
@@ -140,7 +140,7 @@ def test_rows_of_several_pieces_in_bulk(pool, back):
 
 
 @pytest.mark.parametrize("back", COMBINE_WIRES)
-def test_more_rows_than_stages(pool, back):
+def test_more_rows_than_blocks_in_bulk(pool, back):
     """One block and two, three ranks, sources with unlike numbers of rows; y at odd addresses."""
     case = Case(3, experts=6, top_k=2, hidden=640, capacity=60, combine_wire=back)
     rounds = [Round(n, tokens=(37, 3, 60), memory=("own", "strided")[n]) for n in range(2)]
