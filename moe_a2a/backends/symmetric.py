@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from moe_a2a.errors import MoeA2AError, WorkspaceError
+from moe_a2a.errors import MoeA2AError, StateError, WorkspaceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,8 @@ __all__ = ["SymmetricWindow", "open_window"]
 # Windows of ranks that are threads of this process, until all have taken them.
 _handed_over: dict[tuple[str, int], Tensor] = {}
 _lock = threading.Lock()
+# Windows that this process has shared with other processes so far, in any group.
+_shared = 0
 
 
 class SymmetricWindow(NamedTuple):
@@ -44,8 +46,9 @@ def open_window(nbytes: int, device: torch.device, group: Group) -> SymmetricWin
 
     Raises:
         WorkspaceError: on every rank, if any has too little memory.
-        StateError: on every rank, if the devices can't reach each other.
+        StateError: on every rank, if the ranks could not find each other.
     """
+    global _shared
     problem: MoeA2AError | None = None
     tensor = torch.empty(0)
     try:
@@ -65,11 +68,30 @@ def open_window(nbytes: int, device: torch.device, group: Group) -> SymmetricWin
     if group.local:
         return _among_threads(tensor, group)
     assert group.process_group is not None
+    require_same_history(group, _shared)
+    _shared += 1
     import torch.distributed._symmetric_memory as symmetric_memory
 
     handle: Any = symmetric_memory.rendezvous(tensor, group.process_group)
     addresses = [int(pointer) + int(handle.offset) for pointer in handle.buffer_ptrs]
     return SymmetricWindow(tensor, addresses, handle)
+
+
+def require_same_history(group: Group, shared: int) -> None:
+    """torch numbers the keys by which ranks exchange their handles per process, whatever the group:
+    ranks that have done so a different number of times would wait for each other's keys for ever.
+
+    Raises:
+        StateError: on every rank, if ``shared``, windows before this one, differs between them.
+    """
+    counts = [reply["shared"] for reply in group.exchange({"shared": shared})]
+    if len(set(counts)) > 1:
+        listed = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
+        raise StateError(
+            "the ranks of this group have opened windows with other processes a different number "
+            f"of times ({listed}), and torch's symmetric memory then can't match them. Open the "
+            "objects of larger groups first, or as many on every rank."
+        )
 
 
 def _allocate(nbytes: int, device: torch.device, *, shared: bool) -> Tensor:
