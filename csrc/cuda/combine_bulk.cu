@@ -20,40 +20,20 @@ constexpr int kFirstSummer = kFlagger<Row> + 1;
 template <int kScalar>
 constexpr int kSteps = kScalar == kScalarFp32 ? kPartStepsFp32 : kPartSteps;
 
-// Where the rows of a token are.
-struct Places {
-  uint64_t ranks = 0;
-  int low = 0, high = 0;  // slots in ranks `lane` and `lane + 32`
-
-  __device__ __forceinline__ Places(const CombineLaunch& p, int token) {
-    const Context& c = p.c;
-    if (token >= p.tokens) return;
-    const int lane = threadIdx.x % kWarp;
-    const int32_t* slots = c.token_slots + static_cast<int64_t>(token) * c.ep_size;
-    ranks = c.token_ranks[token];
-    if (lane < c.ep_size) low = slots[lane];
-    if (lane + kWarp < c.ep_size) high = slots[lane + kWarp];
-  }
-  __device__ __forceinline__ bool has(int rank) const { return (ranks >> rank & 1) != 0; }
-  __device__ __forceinline__ int slot(int rank) const {
-    return __shfl_sync(kAllLanes, rank < kWarp ? low : high, rank % kWarp);
-  }
-};
-
 // The flag of a rank's row; null where none is to be waited for.
-__device__ __forceinline__ const uint64_t* flag_of(const CombineLaunch& p, const Places& places,
+__device__ __forceinline__ const uint64_t* flag_of(const CombineLaunch& p, const Slots& slots,
                                                    int rank, int slot) {
-  if (rank >= p.c.ep_size || rank == p.c.rank || !places.has(rank)) return nullptr;
+  if (rank >= p.c.ep_size || rank == p.c.rank || !slots.has(rank)) return nullptr;
   return flag(p, p.c.rank, rank, slot / p.rows_per_flag);
 }
 
 // Until the rows of a token have come from all its ranks: a lane polls the flag of each.
-__device__ __forceinline__ bool await_rows(const CombineLaunch& p, const Places& places,
+__device__ __forceinline__ bool await_rows(const CombineLaunch& p, const Slots& slots,
                                            const Operation& op) {
   Wait wait;
   const int lane = threadIdx.x % kWarp;
-  const uint64_t* low = flag_of(p, places, lane, places.low);
-  const uint64_t* high = flag_of(p, places, lane + kWarp, places.high);
+  const uint64_t* low = flag_of(p, slots, lane, slots.low);
+  const uint64_t* high = flag_of(p, slots, lane + kWarp, slots.high);
   for (;;) {
     if (low != nullptr && load_acquire_sys(low) == op.tag) low = nullptr;
     if (high != nullptr && load_acquire_sys(high) == op.tag) high = nullptr;
@@ -85,14 +65,14 @@ struct Columns {
 // Rows of a part, in the order of ranks, two at a time: what is to be loaded of both is asked for
 // before one is added. `own`: the own row's columns, asked for earlier still.
 template <class Row, int kScalar>
-__device__ __forceinline__ void add_rows(const CombineLaunch& p, const Places& places,
+__device__ __forceinline__ void add_rows(const CombineLaunch& p, const Slots& slots,
                                          const Columns& columns, RawColumns (&own)[kSteps<kScalar>],
                                          float (&sum)[kSteps<kScalar>][kColumns]) {
   constexpr int kRows = 2;
   const int me = p.c.rank;
 #pragma unroll 1
-  for (uint64_t left = places.ranks; left != 0;) {
-    const bool begins = left == places.ranks;
+  for (uint64_t left = slots.ranks; left != 0;) {
+    const bool begins = left == slots.ranks;
     int rank[kRows];
     typename Row::Loaded loaded[kRows][kSteps<kScalar>];
 #pragma unroll
@@ -100,13 +80,13 @@ __device__ __forceinline__ void add_rows(const CombineLaunch& p, const Places& p
       rank[r] = left == 0 ? -1 : __ffsll(left) - 1;
       left &= left - 1;
       if (rank[r] < 0 || rank[r] == me) continue;
-      const InboxRow row{inbox_row(p, me, rank[r], places.slot(rank[r])), p.c.hidden};
+      const InboxRow row{inbox_row(p, me, rank[r], slots.of(rank[r])), p.c.hidden};
 #pragma unroll
       for (int u = 0; u < kSteps<kScalar>; ++u)
         loaded[r][u] = Row::load(row, min(columns.at(u), columns.last - kColumns));
     }
     // Quantized, if at all, while the others are being loaded.
-    if (begins && places.has(me)) Row::template prepare<kScalar>(own);
+    if (begins && slots.has(me)) Row::template prepare<kScalar>(own);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (rank[r] < 0) break;
@@ -122,16 +102,16 @@ __device__ __forceinline__ void add_rows(const CombineLaunch& p, const Places& p
 // False once the operation is given up.
 template <class Row, int kScalar>
 __device__ __forceinline__ bool sum_part(const CombineLaunch& p, const Operation& op, int token,
-                                         const Columns& columns, const Places& places) {
+                                         const Columns& columns, const Slots& slots) {
   const int me = p.c.rank;
   RawColumns own[kSteps<kScalar>];
-  if (places.has(me)) {
-    const uint8_t* y = p.a.y + me * p.a.source_stride + places.slot(me) * p.a.row_stride;
+  if (slots.has(me)) {
+    const uint8_t* y = p.a.y + me * p.a.source_stride + slots.of(me) * p.a.row_stride;
     load_row<kScalar>(y, columns.first, kWarpColumns, columns.last, own);
   }
-  if (!await_rows(p, places, op)) return false;
+  if (!await_rows(p, slots, op)) return false;
   float sum[kSteps<kScalar>][kColumns] = {};
-  add_rows<Row, kScalar>(p, places, columns, own, sum);
+  add_rows<Row, kScalar>(p, slots, columns, own, sum);
   uint8_t* out = p.a.out + token * p.a.out_stride;
 #pragma unroll
   for (int u = 0; u < kSteps<kScalar>; ++u)
@@ -144,15 +124,16 @@ __device__ __forceinline__ void sum_rows(const CombineLaunch& p, const Operation
   const int summers = blockDim.x / kWarp - kFirstSummer<Row>, stride = gridDim.x * summers;
   int unit = blockIdx.x * summers + threadIdx.x / kWarp - kFirstSummer<Row>;
   int token = unit / p.parts;
-  Places places(p, token);
+  Slots slots = Slots::of_token(p, token);
 #pragma unroll 1
   while (token < p.tokens) {
     const int following = (unit + stride) / p.parts;
-    const Places next(p, following);  // known by the time that this token is summed
-    if (!sum_part<Row, kScalar>(p, op, token, Columns(p, unit - token * p.parts), places)) return;
+    const Slots next =
+        Slots::of_token(p, following);  // known by the time that this token is summed
+    if (!sum_part<Row, kScalar>(p, op, token, Columns(p, unit - token * p.parts), slots)) return;
     unit += stride;
     token = following;
-    places = next;
+    slots = next;
   }
 }
 

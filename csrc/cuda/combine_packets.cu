@@ -41,23 +41,6 @@ struct Outgoing {
   }
 };
 
-// Where the rows of one token are.
-struct Slots {
-  uint64_t ranks = 0;
-  int low = 0, high = 0;  // in ranks `lane` and `lane + 32`
-
-  __device__ __forceinline__ void find(const Context& c, int token) {
-    const int lane = threadIdx.x % kWarp;
-    const int32_t* slots = c.token_slots + static_cast<int64_t>(token) * c.ep_size;
-    ranks = c.token_ranks[token];
-    if (lane < c.ep_size) low = slots[lane];
-    if (lane + kWarp < c.ep_size) high = slots[lane + kWarp];
-  }
-  __device__ __forceinline__ int of(int rank) const {
-    return __shfl_sync(kAllLanes, rank < kWarp ? low : high, rank % kWarp);
-  }
-};
-
 // What one rank adds to a run of an output row: packets, or, of this rank itself, a row of y. The
 // same loads serve for both, so that they are all on their way before the first is waited for.
 template <class Packet, int kRun>
@@ -154,8 +137,8 @@ __global__ void __launch_bounds__(kMost<kRun>, 1)
   const Outgoing<Packet, kRun> out(p, first);
   int token = first / p.by_runs;
   const Operation op = begin(p.c, kCombineOp);
-  Slots slots;  // known by the time that the rows are on their way
-  if (moves && first < total) slots.find(p.c, token);
+  // Known by the time that the rows are on their way.
+  Slots slots = Slots::of_token(p, moves ? token : p.tokens);
   const int rows = out.rows(p);
   if (moves && first < pushes && out.slot < rows && !op.dead) out.push(p, op);
   if (finishes && !op.dead) send_combine_headers(p, op.tag, p.c.strict);
@@ -172,7 +155,7 @@ __global__ void __launch_bounds__(kMost<kRun>, 1)
       const Run<Packet, kRun> run((index - token * p.runs) * kRun);
       if (!sum_run<Packet, kScalar, kRun>(p, op, token, run, slots, wait)) return;
       token = (index + stride) / p.by_runs;
-      if (index + stride < total) slots.find(p.c, token);
+      slots = Slots::of_token(p, token);
     }
   }
   if (finishes) finish_combine(p, op);

@@ -5,6 +5,30 @@
 
 namespace moe_a2a::cuda {
 
+// Where the rows of a token are: its ranks, and its slots in ranks `lane` and `lane + 32`.
+struct Slots {
+  uint64_t ranks = 0;
+  int low = 0, high = 0;
+
+  // None past the last token.
+  static __device__ __forceinline__ Slots of_token(const CombineLaunch& p, int token) {
+    const Context& c = p.c;
+    const int lane = threadIdx.x % kWarp;
+    const int32_t* row = c.token_slots + static_cast<int64_t>(token) * c.ep_size;
+    Slots slots;
+    if (token >= p.tokens) return slots;
+    slots.ranks = c.token_ranks[token];
+    if (lane < c.ep_size) slots.low = row[lane];
+    if (lane + kWarp < c.ep_size) slots.high = row[lane + kWarp];
+    return slots;
+  }
+  __device__ __forceinline__ bool has(int rank) const { return (ranks >> rank & 1) != 0; }
+  // The whole warp.
+  __device__ __forceinline__ int of(int rank) const {
+    return __shfl_sync(kAllLanes, rank < kWarp ? low : high, rank % kWarp);
+  }
+};
+
 // ---- chunks of 16 (or 8) bytes of a row, as a packet carries them ----------------------------
 
 template <int kScalar>
