@@ -28,7 +28,7 @@ constexpr int64_t kLine = 128;  // alignment of regions, and the unit of false s
 constexpr int64_t kCell = 2 * kLine;
 constexpr int64_t kCellData = 240;
 constexpr int64_t kInboxPerPeer = int64_t{2} << 20;
-constexpr int64_t kInboxTotal = int64_t{32} << 20;  // each of the two
+constexpr int64_t kInboxTotal = int64_t{32} << 20;
 
 struct Geometry {
   int64_t ep_size, num_experts, top_k, max_tokens;
@@ -48,7 +48,6 @@ enum RegionId : int {
   kWeights,
   kCombine,
   kDispatchInbox,
-  kCombineInbox,
   kExtra,  // extras are kExtra + 0, kExtra + 1, ...
   kRegionCount = kExtra + kMaxExtras
 };
@@ -59,8 +58,7 @@ struct Region {
 
 struct Layout {
   Region region[kRegionCount];
-  int64_t
-      committed;  // bytes up to the low-latency inboxes: all that a backend without them touches
+  int64_t committed;  // bytes up to the low-latency inbox: all that a backend without it touches
   int64_t total;
 };
 
@@ -113,7 +111,6 @@ MOE_HD Layout make_layout(const Geometry& g) {
   place(kCombine, rows * g.combine_bytes);
   layout.committed = at;
   place(kDispatchInbox, inbox_bytes(g, image_bytes, received));
-  place(kCombineInbox, inbox_bytes(g, g.combine_bytes, layout.region[kCombine].nbytes));
   layout.total = at;
   return layout;
 }

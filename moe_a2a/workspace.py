@@ -15,8 +15,6 @@ __all__ = ["Region", "Workspace", "geometry_numbers", "shape_numbers"]
 
 _WIRES = (*FORMATS, "fp32")  # order of csrc/args.h
 
-INBOXES = ("dispatch_inbox", "combine_inbox")
-
 
 class Region(NamedTuple):
     """A run of bytes in the window; ``extra`` payloads are named ``extra:NAME``."""
@@ -41,8 +39,8 @@ class Workspace(tuple[Region, ...]):
 
     @property
     def committed(self) -> int:
-        """Bytes in front of the low-latency inboxes: all that a CPU backend touches."""
-        return min(region.offset for region in self if region.name in INBOXES)
+        """Bytes in front of the low-latency inbox: all that a CPU backend touches."""
+        return self.region("dispatch_inbox").offset
 
     def region(self, name: str) -> Region:
         return next(region for region in self if region.name == name)

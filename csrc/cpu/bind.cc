@@ -38,7 +38,6 @@ ffi::Array<NamedRegion> workspace_regions(Numbers numbers) {
   for (int i = 0; i < g.num_extras; ++i) add("extra", kExtra + i);
   add("combine", kCombine);
   add("dispatch_inbox", kDispatchInbox);
-  add("combine_inbox", kCombineInbox);
   return table;
 }
 

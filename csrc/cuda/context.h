@@ -27,7 +27,7 @@ struct alignas(kLine) State {
   uint32_t dispatch_round, combine_round;
   uint32_t failed;              // a kernel gave up: those after it return at once
   uint32_t failing;             // taken by the warp that gives up
-  uint32_t units;               // that combine in bulk has dealt; dispatch begins it at 0
+  uint32_t units;               // that combine has dealt; dispatch begins it at 0
   int32_t received[kMaxRanks];  // rows from each source, in the round under way
 };
 
@@ -44,18 +44,21 @@ struct alignas(kLine) Status {
   int32_t operations_ago[kMaxRanks];  // since each rank was last seen, -1 for never
 };
 
-// n / d as a product, exact where n * d < 2^31: every use says why it is.
+// n / d as a product, exact for all n below 2^31: with l = ceil(log2 d) and m = ceil(2^(31+l) / d)
+// the product is above n / d by less than 2^l / 2^(31+l) * n < 1 / d.
 struct FastDivisor {
-  uint32_t magic;
+  uint32_t magic, shift;
 };
 
 inline FastDivisor fast_divisor(int64_t divisor) {
   const uint64_t d = divisor < 1 ? 1 : static_cast<uint64_t>(divisor);
-  return {static_cast<uint32_t>((uint64_t{1} << 31) / d + 1)};
+  uint32_t l = 0;
+  while (uint64_t{1} << l < d) ++l;
+  return {static_cast<uint32_t>(((uint64_t{1} << (31 + l)) + d - 1) / d), l};
 }
 
 MOE_HD uint32_t operator/(uint32_t n, const FastDivisor& f) {
-  return static_cast<uint32_t>(uint64_t{2 * n} * f.magic >> 32);
+  return static_cast<uint32_t>(uint64_t{2 * n} * f.magic >> 32) >> f.shift;
 }
 
 // One part of a row: where it lies in the row's image and in the window.
@@ -72,16 +75,16 @@ struct Context {
   Status* status;
   uint64_t* token_ranks;  // [Tmax] mask of the ranks that a token went to
   int32_t* token_slots;   // [Tmax, W] its slot there
-  int64_t payload, scales, ids, weights, combine, dispatch_inbox, combine_inbox;  // offsets
+  int64_t payload, scales, ids, weights, combine, dispatch_inbox;  // offsets
   int64_t extra[kMaxExtras];
-  int64_t dispatch_outbox, combine_outbox;          // this rank's part of a peer's inboxes
-  int64_t dispatch_peer_bytes, combine_peer_bytes;  // of an inbox, for one source
+  int64_t dispatch_outbox;      // this rank's part of a peer's inbox
+  int64_t dispatch_peer_bytes;  // of an inbox, for one source
   int64_t timeout_ns, combine_bytes;
   int32_t ep_size, rank, num_experts, top_k, hidden, padded, max_tokens, num_extras;
   int32_t invalid_id, wire, combine_wire;
   int32_t larger_end;  // experts below it live on ranks that own one more than the others
   int32_t larger_ranks;
-  FastDivisor larger, smaller;  // experts per rank; there are fewer than 2^15
+  FastDivisor larger, smaller;  // experts per rank
   bool scrub_all, debug;
   bool strict;  // nothing but what the memory model promises: see send_header()
 
@@ -106,35 +109,22 @@ struct DispatchLaunch {
   // most.
   bool quick_ids;
   bool everyone;  // is active
-  // In packets: an inbox holds fewer than 2^17 strips, a peer's part of it 2^14.
   FastDivisor by_runs, by_rows;
   RoundFacts facts;
 };
-
-// Warps of a block that push rows in a combine in bulk, and steps of a warp, 512 bytes of a plain
-// row or columns of a quantized one, in its part of a piece at most: two parts are in registers.
-struct Push {
-  int warps, steps;
-};
-constexpr Push kPushPlain{4, 7}, kPushQuantized{8, 2};
-constexpr int kPushStep = 512;
-// Steps of a warp, 256 columns each, that a part of a sum has at most, by the dtype of y: what a
-// warp has registers for.
-constexpr int kPartSteps = 4, kPartStepsFp32 = 2;
 
 // Arguments of the combine kernels.
 struct CombineLaunch {
   Context c;
   CombineArgs a;
-  int32_t tokens, max_rows;
-  int32_t pitch, runs;  // bytes and runs of strips of a row in the inbox
-  FastDivisor by_runs, by_rows;
-  // In bulk: parts that a token is summed in, pieces that a row is pushed in, steps of a warp in
-  // one.
-  int32_t parts, pieces, push_steps;
-  int32_t rows_per_flag;
-  int64_t flags;             // offset of the first source's flags in a window
-  int64_t flags_per_source;  // bytes
+  bool odd;  // y has rows that do not begin on 16 bytes
+  int32_t tokens;
+  int32_t runs;     // of steps, in a row
+  int32_t units;    // runs that may be pushed
+  int32_t pushers;  // warps of a block that push while the others sum; 0: all do both
+  uint32_t nap;     // ns between polls of those
+  int32_t targets;  // ranks that rows are pushed to: the others, or all where rows are quantized
+  FastDivisor by_runs, by_targets;
   RoundFacts facts;
 };
 

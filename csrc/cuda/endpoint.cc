@@ -9,6 +9,11 @@ namespace moe_a2a::cuda {
 namespace {
 
 constexpr int kMostImage = 64 << 10;  // bytes of shared memory for a row that is quantized
+constexpr int kCombineStep = 512;
+
+// Of a combine: up to so many units of a warp it does both in turn, push and sum; warps of a block
+// that push in larger rounds; ns between polls there.
+constexpr int kRoundsTogether = 2, kPushersPlain = 2, kPushersScaled = 8, kNap = 60;
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -72,11 +77,12 @@ int run_of(const Endpoint& e, int64_t strips) {
   return !e.options.lines || strips <= warps ? 1 : strips <= 2 * warps ? 2 : 4;
 }
 
-// A warp for each run that a peer sends, as long as there is room, on as many multiprocessors as
-// there are; and a block for the headers. Runs of four take the registers of two.
-Grid packets_grid(const Endpoint& e, int64_t runs, int run) {
+// A warp for each run, as long as there is room, on as many multiprocessors as there are, `most` a
+// block; and a block for the headers.
+Grid packets_grid(const Endpoint& e, int64_t runs, int most) {
   int threads = 128;
-  while (threads < (run == 4 ? 256 : 512) && runs > threads / 32 * movers(e.blocks)) threads *= 2;
+  while (threads < 32 * most && runs > threads / 32 * movers(e.blocks)) threads *= 2;
+  threads = std::min(threads, 32 * most);
   const int64_t wanted = (runs + threads / 32 - 1) / (threads / 32) + 1;
   return {static_cast<int>(std::clamp<int64_t>(wanted, 1, e.blocks)), threads, 0};
 }
@@ -108,7 +114,8 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
   const int64_t strips = strips_of(p.pitch);
   const int run = small ? run_of(e, p.a.max_rows * strips) : staged || !e.options.lines ? 1 : 2;
   p.runs = static_cast<int32_t>((strips + run - 1) / run);
-  Grid grid = packets_grid(e, p.a.max_rows * p.runs, run);
+  // Runs of four take the registers of two.
+  Grid grid = packets_grid(e, p.a.max_rows * p.runs, run == 4 ? 8 : 16);
   const int blocks = movers(grid.blocks);
   p.share = static_cast<int32_t>((p.a.tokens * p.runs + blocks - 1) / blocks);
   if (staged) {
@@ -142,40 +149,32 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
                 stream);
 }
 
-// Where the flags of a bulk combine are: the tags of cells that carry no data, a source's own cells
-// of the inbox, or, where it has none, its line of the control region.
-void lay_out_flags(const Endpoint& e, CombineLaunch& p) {
-  const int64_t rows = std::max<int64_t>(p.max_rows, 1);
-  int64_t cells = e.context.combine_peer_bytes / kCell;
-  p.flags = e.context.combine_inbox;
-  p.flags_per_source = e.context.combine_peer_bytes;
-  if (cells == 0) {
-    cells = 1;
-    p.flags = (1 + static_cast<int64_t>(kBlocks) * e.geometry.ep_size) * kLine;
-    p.flags_per_source = kLine;
+// Steps of a warp, 512 bytes of a plain row or columns of a quantized one, are moved in runs: as
+// short as gives every warp of the device one; in large rounds as long as registers allow, and some
+// warps push while the others sum. `odd`: y as bytes.
+const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
+  const bool scaled = quantized(e.shape.combine_wire);
+  const int64_t targets = std::max<int64_t>(e.geometry.ep_size - (scaled ? 0 : 1), 1);
+  const int64_t bytes = scaled ? e.shape.hidden : e.geometry.combine_bytes;
+  const int64_t steps = (bytes + kCombineStep - 1) / kCombineStep;
+  const int64_t rows = std::max(e.max_rows * targets, e.tokens), longest = scaled ? 2 : 4;
+  int64_t run = 1;
+  while (run < longest && rows * ((steps + run - 1) / run) > 16 * movers(e.blocks)) run *= 2;
+  p.runs = static_cast<int32_t>((steps + run - 1) / run);
+  p.units = static_cast<int32_t>(e.max_rows * targets * p.runs);
+  p.by_runs = fast_divisor(p.runs);
+  p.targets = static_cast<int32_t>(targets);
+  p.by_targets = fast_divisor(targets);
+  const int chunks = !scaled ? 1 : p.a.scalar == kScalarFp32 ? 4 : 2;
+  const int warps = combine_warps(chunks, static_cast<int>(run));
+  Grid grid = packets_grid(e, rows * p.runs, warps);
+  if (rows * p.runs > kRoundsTogether * warps * movers(e.blocks) && e.blocks > 1) {
+    grid.blocks = e.blocks;
+    p.pushers = scaled ? kPushersScaled : kPushersPlain;
+    p.nap = kNap;
   }
-  p.rows_per_flag = static_cast<int32_t>((rows + cells - 1) / cells);
-}
-
-// A block for each row that a peer may be owed. A token is summed by as many warps as have it in
-// registers at once; few tokens by more, so that every multiprocessor has something to sum.
-const char* combine_in_bulk(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
-  constexpr int kThreads = 512, kSummers = 8;  // warps of a block that sum, roughly
-  const int wire = e.shape.combine_wire;
-  const int64_t rows = e.max_rows * (e.geometry.ep_size - 1), hidden = e.shape.hidden;
-  const int blocks = static_cast<int>(std::clamp<int64_t>(std::max(rows, e.tokens), 1, e.blocks));
-  const int64_t steps = (hidden + 255) / 256;
-  int64_t of_part = p.a.scalar == kScalarFp32 ? kPartStepsFp32 : kPartSteps;
-  while (of_part > 1 && e.tokens * ((2 * steps + of_part - 1) / of_part) <= kSummers * blocks)
-    of_part /= 2;
-  p.parts = static_cast<int32_t>((steps + of_part - 1) / of_part);
-  // Pieces about as long as each other.
-  const Push push = quantized(wire) ? kPushQuantized : kPushPlain;
-  const int64_t pushed = quantized(wire) ? hidden : e.geometry.combine_bytes;
-  const int64_t of_warp = (pushed + push.warps * kPushStep - 1) / (push.warps * kPushStep);
-  p.pieces = static_cast<int32_t>((of_warp + push.steps - 1) / push.steps);
-  p.push_steps = static_cast<int32_t>((of_warp + p.pieces - 1) / p.pieces);
-  return launch(e, combine_bulk_kernel(wire, p.a.scalar), {blocks, kThreads, 0}, &p, stream);
+  return launch(e, combine_kernel(e.shape.combine_wire, p.a.scalar, static_cast<int>(run)), grid,
+                &p, stream);
 }
 
 void place(Context& c, const Endpoint& e) {
@@ -186,12 +185,9 @@ void place(Context& c, const Endpoint& e) {
   c.weights = offset(kWeights);
   c.combine = offset(kCombine);
   c.dispatch_inbox = offset(kDispatchInbox);
-  c.combine_inbox = offset(kCombineInbox);
   for (int i = 0; i < e.geometry.num_extras; ++i) c.extra[i] = offset(kExtra + i);
   c.dispatch_peer_bytes = peer_bytes(e, kDispatchInbox);
-  c.combine_peer_bytes = peer_bytes(e, kCombineInbox);
   c.dispatch_outbox = c.dispatch_inbox + c.rank * c.dispatch_peer_bytes;
-  c.combine_outbox = c.combine_inbox + c.rank * c.combine_peer_bytes;
 }
 
 void own_experts(Context& c, const Geometry& g) {
@@ -215,12 +211,10 @@ const char* load_kernels() {
   kernels.insert(kernels.end(), staged.begin(), staged.end());
   for (int run : {1, 2, 4}) {
     kernels.push_back(dispatch_small_kernel(run));
-    for (int wire : {kBf16, kFp16, kFp32})
-      for (bool lines : {false, true}) kernels.push_back(combine_packets_kernel(lines, wire, run));
+    for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
+      for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32})
+        if (run < 4 || !quantized(wire)) kernels.push_back(combine_kernel(wire, scalar, run));
   }
-  for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
-    for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32})
-      kernels.push_back(combine_bulk_kernel(wire, scalar));
   for (const void* kernel : kernels) {
     cudaFuncAttributes attributes;
     if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
@@ -314,32 +308,22 @@ const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t strea
   p.c = e.context;
   p.a = a;
   p.tokens = static_cast<int32_t>(e.tokens);
-  p.max_rows = static_cast<int32_t>(e.max_rows);
-  p.pitch = static_cast<int32_t>(packet_bytes(e.geometry.combine_bytes, cell_data(e)));
   p.facts = {kCombineOp, static_cast<uint32_t>(e.max_rows), e.format, 0, e.active};
-  lay_out_flags(e, p);
-  const bool packets =
-      !quantized(e.shape.combine_wire) && e.max_rows * p.pitch <= e.context.combine_peer_bytes;
-  if (packets) {
-    const int64_t strips = strips_of(p.pitch);
-    const int run = run_of(e, e.max_rows * strips);
-    p.runs = static_cast<int32_t>((strips + run - 1) / run);
-    p.by_runs = fast_divisor(p.runs);
-    p.by_rows = fast_divisor(p.max_rows);
-    return launch(e, combine_packets_kernel(e.options.lines, e.shape.combine_wire, run),
-                  packets_grid(e, e.max_rows * p.runs, run), &p, stream);
-  }
-  return combine_in_bulk(e, p, stream);
+  p.odd = (reinterpret_cast<uintptr_t>(a.y) | a.source_stride | a.row_stride) % kChunk != 0;
+  return combine(e, p, stream);
 }
 
 const char* restart(Endpoint& e, uint32_t epoch, uint32_t generation, uint32_t round,
                     cudaStream_t stream) {
   uint8_t* own = e.context.window[e.context.rank];
-  const auto clear = [&](int id) {
-    return cudaMemsetAsync(own + e.layout.region[id].offset, 0, e.layout.region[id].nbytes, stream);
+  // Rows of a combine are there once they are no longer all ones: inbox.cuh.
+  const auto fill = [&](int id, int byte) {
+    const Region& region = e.layout.region[id];
+    return text_of(cudaMemsetAsync(own + region.offset, byte, region.nbytes, stream));
   };
-  for (int id : {kControl, kDispatchInbox, kCombineInbox})
-    if (const char* error = text_of(clear(id))) return error;
+  for (int id : {kControl, kDispatchInbox})
+    if (const char* error = fill(id, 0)) return error;
+  if (const char* error = fill(kCombine, 0xFF)) return error;
   State state{};
   state.dispatch_tag = static_cast<uint64_t>(generation) << 32 | epoch;
   state.dispatch_round = round;

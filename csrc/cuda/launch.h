@@ -16,7 +16,10 @@ const void* dispatch_small_kernel(int run);
 // bytes and travel in whole chunks; those that are quantized are bf16.
 const void* dispatch_packets_kernel(bool lines, int wire, bool aligned);
 const void* dispatch_bulk_kernel(int wire, bool aligned);
-const void* combine_packets_kernel(bool lines, int combine_wire, int run);
-const void* combine_bulk_kernel(int combine_wire, int scalar);  // of y
+// Warps of a block at most: long runs take more registers. `chunks`: of 16 bytes, of a lane's
+// columns of y in a step.
+constexpr int combine_warps(int chunks, int run) { return chunks > 1 ? 16 : run == 4 ? 12 : 16; }
+// `scalar`: of y. `run`: steps, at most 2 where the wire is quantized.
+const void* combine_kernel(int combine_wire, int scalar, int run);
 
 }  // namespace moe_a2a::cuda

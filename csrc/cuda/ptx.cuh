@@ -83,35 +83,18 @@ __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* at) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* at) {
+  uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint32_t* at, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_release_sys(uint32_t* at, uint32_t v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
-}
-
-__device__ __forceinline__ void store_relaxed_sys(uint64_t* at, uint64_t v) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
-}
-
-// Weak stores, as any assignment is, which other devices see after a release only; but the compiler
-// leaves them behind loads that were asked for before.
-__device__ __forceinline__ void store_weak(uint8_t* at, const Chunk& c) {
-  asm volatile("st.global.v2.u64 [%0], {%1, %2};" ::"l"(at), "l"(c.lo), "l"(c.hi) : "memory");
-}
-__device__ __forceinline__ void store_weak(uint8_t* at, uint32_t v) {
-  asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
-}
-__device__ __forceinline__ void store_weak(uint8_t* at, uint8_t v) {
-  asm volatile("st.global.u8 [%0], %1;" ::"l"(at), "r"(static_cast<uint32_t>(v)) : "memory");
-}
-
-// Of shared memory, between the warps of a block.
-__device__ __forceinline__ void store_release_block(uint32_t* at, uint32_t v) {
-  asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_acquire_block(const uint32_t* at) {
-  uint32_t v;
-  asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-  return v;
 }
 
 __device__ __forceinline__ void add_release_sys(uint32_t* at, uint32_t v) {

@@ -40,7 +40,8 @@ inline void store_release_sys(uint32_t* at, uint32_t v) {
   simt::show_stores();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
-inline void store_relaxed_sys(uint64_t* at, uint64_t v) {
+inline uint32_t load_relaxed_sys(const uint32_t* at) { return load_acquire_sys(at); }
+inline void store_relaxed_sys(uint32_t* at, uint32_t v) {
   __atomic_store_n(at, v, __ATOMIC_RELAXED);
 }
 inline void add_release_sys(uint32_t* at, uint32_t v) {
