@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from moe_a2a.errors import GeometryError, MoeA2AError, PeerTimeout
+from moe_a2a.errors import GeometryError, MoeA2AError, PeerTimeout, StateError
 from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.memory import memory_available
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["Group", "LocalRank", "host_identity"]
 
@@ -82,7 +82,7 @@ class Group:
         else:
             self._find(process_group)
         if self._store is not None:
-            with self._store_errors():
+            with self.store_errors():
                 self._name = self._meet(self._store)
 
     def _find(self, process_group: dist.ProcessGroup | None) -> None:
@@ -126,6 +126,11 @@ class Group:
         """Of this opening alone, the same on every rank."""
         return self._name
 
+    @property
+    def step(self) -> int:
+        """How many exchanges there have been: the same on every rank between two of them."""
+        return self._step
+
     def introduce(self, facts: dict[str, Any]) -> None:
         """Fills in ``facts``, by rank: what each says of itself, its host and free memory added."""
         own = {"host": host_identity(), "pid": os.getpid(), "memory": memory_available()}
@@ -141,17 +146,32 @@ class Group:
             return [json.loads(json.dumps(message))]
         self._step += 1
         keys = [self._key(self._step, rank) for rank in range(self.size)]
-        with self._store_errors():
+        with self.store_errors():
             self._store.set(keys[self.rank], json.dumps(message))
-            self._await(keys, time.monotonic())
+            self._await({key: [rank] for rank, key in enumerate(keys)})
             messages = [json.loads(self._store.get(key)) for key in keys]
             # Everyone has posted this step, so everyone has read the one before.
             if self._step > 1:
                 self._store.delete_key(self._key(self._step - 1, self.rank))
         return messages
 
+    def wait_for(self, owners: Mapping[str, Sequence[int]], unless: str) -> None:
+        """Until all of some keys are in the store.
+
+        Args:
+            owners: by key, the ranks it may come from.
+            unless: a key whose value, once there, is why they will not come.
+
+        Raises:
+            PeerTimeout: ``ranks`` are the owners of what did not come within the timeout.
+            StateError: ``unless`` came.
+        """
+        with self.store_errors():
+            self._await(owners, unless)
+
     @contextmanager
-    def _store_errors(self) -> Iterator[None]:
+    def store_errors(self) -> Iterator[None]:
+        """Turns those of the store into `PeerTimeout`."""
         start = time.monotonic()
         try:
             yield
@@ -178,12 +198,15 @@ class Group:
     def _key(self, step: int, rank: int) -> str:
         return f"{self._name}/{step}/{rank}"
 
-    def _await(self, keys: Sequence[str], start: float) -> None:
+    def _await(self, owners: Mapping[str, Sequence[int]], unless: str | None = None) -> None:
         assert self._store is not None
-        pause = 0.0005
-        while not self._store.check(list(keys)):
+        start, pause = time.monotonic(), 0.0005
+        while not self._store.check(list(owners)):
+            if unless is not None and self._store.check([unless]):
+                raise StateError(self._store.get(unless).decode())
             if time.monotonic() - start > self.timeout:
-                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                late = [ranks for key, ranks in owners.items() if not self._store.check([key])]
+                missing = sorted({rank for ranks in late for rank in ranks})
                 raise self._timeout(missing, start, "they did not go on opening")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
