@@ -7,6 +7,7 @@ promise about it.
 from __future__ import annotations
 
 import threading
+import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,13 +19,11 @@ if TYPE_CHECKING:
 
     from moe_a2a.group import Group
 
-__all__ = ["SymmetricWindow", "open_window"]
+__all__ = ["SymmetricWindow", "allocate", "open_window"]
 
 # Windows of ranks that are threads of this process, until all have taken them.
 _handed_over: dict[tuple[str, int], Tensor] = {}
 _lock = threading.Lock()
-# Windows that this process has shared with other processes so far, in any group.
-_shared = 0
 
 
 class SymmetricWindow(NamedTuple):
@@ -46,9 +45,25 @@ def open_window(nbytes: int, device: torch.device, group: Group) -> SymmetricWin
 
     Raises:
         WorkspaceError: on every rank, if any has too little memory.
-        StateError: on every rank, if the ranks could not find each other.
+        StateError: on every rank, if torch can't map the windows on one of them.
+        PeerTimeout: ``ranks`` did not come within the group's timeout.
     """
-    global _shared
+    tensor = allocate(nbytes, device, group)
+    if group.size == 1:
+        return SymmetricWindow(tensor, [tensor.data_ptr()], None)
+    if group.local:
+        return _among_threads(tensor, group)
+    handle = rendezvous(tensor, group)
+    addresses = [int(pointer) + int(handle.offset) for pointer in handle.buffer_ptrs]
+    return SymmetricWindow(tensor, addresses, handle)
+
+
+def allocate(nbytes: int, device: torch.device, group: Group) -> Tensor:
+    """Zeroed uint8 [nbytes] that the group's ranks can be given the addresses of. Collective.
+
+    Raises:
+        WorkspaceError: on every rank, if any has too little memory.
+    """
     problem: MoeA2AError | None = None
     tensor = torch.empty(0)
     try:
@@ -63,35 +78,7 @@ def open_window(nbytes: int, device: torch.device, group: Group) -> SymmetricWin
     # Data of symmetric memory is whatever was there.
     tensor.zero_()
     torch.cuda.current_stream(device).synchronize()
-    if group.size == 1:
-        return SymmetricWindow(tensor, [tensor.data_ptr()], None)
-    if group.local:
-        return _among_threads(tensor, group)
-    assert group.process_group is not None
-    require_same_history(group, _shared)
-    _shared += 1
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    handle: Any = symmetric_memory.rendezvous(tensor, group.process_group)
-    addresses = [int(pointer) + int(handle.offset) for pointer in handle.buffer_ptrs]
-    return SymmetricWindow(tensor, addresses, handle)
-
-
-def require_same_history(group: Group, shared: int) -> None:
-    """torch numbers the keys by which ranks exchange their handles per process, whatever the group:
-    ranks that have done so a different number of times would wait for each other's keys for ever.
-
-    Raises:
-        StateError: on every rank, if ``shared``, windows before this one, differs between them.
-    """
-    counts = [reply["shared"] for reply in group.exchange({"shared": shared})]
-    if len(set(counts)) > 1:
-        listed = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
-        raise StateError(
-            "the ranks of this group have opened windows with other processes a different number "
-            f"of times ({listed}), and torch's symmetric memory then can't match them. Open the "
-            "objects of larger groups first, or as many on every rank."
-        )
+    return tensor
 
 
 def _allocate(nbytes: int, device: torch.device, *, shared: bool) -> Tensor:
@@ -100,6 +87,48 @@ def _allocate(nbytes: int, device: torch.device, *, shared: bool) -> Tensor:
     import torch.distributed._symmetric_memory as symmetric_memory
 
     return symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def rendezvous(tensor: Tensor, group: Group) -> Any:
+    """torch's handle of the ranks' tensors, for their addresses only. Collective.
+
+    torch finds the store to exchange handles in by the name of a process group. It gets one that
+    has nothing but a `WindowStore` (which says why), and exists for this call.
+
+    Raises:
+        StateError: on every rank, if torch fails on one of them.
+        PeerTimeout: ``ranks`` did not come within the group's timeout.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    from moe_a2a.backends.window_store import WindowStore
+
+    store = WindowStore(group)
+    # torch before 2.11 never forgets a name. No slash: it may come up in keys.
+    name: Any = f"moe_a2a-{uuid.uuid4().hex}"
+    registered = c10d.ProcessGroup(store, group.rank, group.size)
+    c10d._register_process_group(name, registered)
+    handle: Any = None
+    problem: StateError | None = None
+    try:
+        # Where torch before 2.11 looks. (TorchVersion compares numbers.) Later ones would take it
+        # as a wish to compare how many allocations the ranks have made, again per process.
+        if torch.__version__ < "2.11":
+            c10d._SymmetricMemory.set_group_info(name, group.rank, group.size, store)
+        handle = c10d._SymmetricMemory.rendezvous(tensor, name)
+    except StateError as error:  # another rank's
+        problem = error
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]  # C++ frames follow
+        text = f"torch can't map the windows of the ranks: {first}"
+        store.fail(f"rank {group.rank}: {text}")
+        problem = StateError(text)
+        problem.__cause__ = error
+    finally:
+        c10d._unregister_process_group(name)
+    group.agree(problem)
+    store.clear()
+    return handle
 
 
 def _among_threads(tensor: Tensor, group: Group) -> SymmetricWindow:

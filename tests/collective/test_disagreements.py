@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a import AllToAll, Spec
-from moe_a2a.backends.symmetric import require_same_history
 from moe_a2a.errors import (
     BackendUnavailable,
     GeometryError,
@@ -19,7 +18,6 @@ from moe_a2a.errors import (
     StateError,
     WorkspaceError,
 )
-from moe_a2a.group import Group
 from moe_a2a.testing import run_ranks
 from tests.collective.rounds import Case, Round, play, send, tokens_of
 from tests.conftest import PRELOAD
@@ -207,14 +205,3 @@ def test_a_geometry_larger_than_memory(pool, backend, tokens):
     for text in pool.run(too_large, backend, tokens, ranks=3):
         assert "wanted" in text, text
         assert "available" in text, text
-
-
-def with_histories(ranks):
-    group = Group(ranks.group, 10)
-    require_same_history(group, 3)
-    with pytest.raises(StateError, match=r"rank 0: 0, rank 1: 1, rank 2: 2\b"):
-        require_same_history(group, ranks.rank)
-
-
-def test_windows_shared_a_different_number_of_times_are_refused_and_not_waited_for(pool):
-    pool.run(with_histories, ranks=3)
