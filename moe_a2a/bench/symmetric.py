@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_a2a.group import Group
-
-if TYPE_CHECKING:
-    from moe_a2a.backends.symmetric import SymmetricWindow
 
 __all__ = ["Symmetric", "symmetric"]
 
@@ -24,22 +21,23 @@ class Symmetric(NamedTuple):
     Attributes:
         regions: uint8 [nbytes] of each rank, by rank; this rank's own among them.
         handle: torch's, for ``barrier``.
-        window: keeps the mappings.
     """
 
     regions: list[Tensor]
     handle: Any
-    window: SymmetricWindow
 
 
 def symmetric(nbytes: int, device: torch.device) -> Symmetric:
     """Zeroed memory of the default group. Collective."""
-    from moe_a2a.backends.symmetric import open_window
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from moe_a2a.backends.symmetric import allocate
 
     group = Group(None, _TIMEOUT)
-    window = open_window(nbytes, device, group)
-    handle: Any = window.keep
+    memory = allocate(nbytes, device, group)
+    # Not by `open_window`: a barrier of torch's needs a process group that torch knows.
+    handle: Any = symmetric_memory.rendezvous(memory, dist.distributed_c10d._get_default_group())
     regions = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
-    regions[group.rank] = window.tensor
+    regions[group.rank] = memory
     dist.barrier()
-    return Symmetric(regions, handle, window)
+    return Symmetric(regions, handle)
