@@ -105,9 +105,10 @@ struct DispatchLaunch {
   int32_t share;  // of a block: runs, or tokens in bulk
   int32_t parts;  // that a row is split into, in bulk
   int32_t steps;  // of a warp, in a part
-  // Ids are int32 or int64 in vectors of 16 bytes, experts are shared out evenly among 32 ranks at
-  // most.
-  bool quick_ids;
+  // Words of a token's ids, and bytes that they are loaded by, 16, 8 or 4: what their rows are a
+  // multiple of. No words where ids go the long way: experts are not shared out evenly, or there
+  // are more than 32 ranks.
+  int32_t id_words, id_bytes;
   bool everyone;  // is active
   FastDivisor by_runs, by_rows;
   RoundFacts facts;

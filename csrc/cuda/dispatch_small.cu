@@ -27,22 +27,21 @@ __device__ __noinline__ uint32_t ranks_of_odd_ids(const DispatchLaunch& p, int t
 class Look {
  public:
   __device__ __forceinline__ explicit Look(const DispatchLaunch& p)
-      : exists_(threadIdx.x < p.a.tokens),
-        vectors_(p.quick_ids ? p.c.top_k * (p.a.wide_ids ? 8 : 4) / 16 : 0),
+      : left_(hold(threadIdx.x < p.a.tokens ? p.id_words : 0)),
         from_(hold(p.a.ids.row(threadIdx.x))) {}
 
-  __device__ __forceinline__ void load() { load(0); }
+  __device__ __forceinline__ void load(const DispatchLaunch& p) { load(p, 0); }
 
   __device__ __forceinline__ void mark(const DispatchLaunch& p, Columns& columns) {
     if (threadIdx.x >= kSmallTokens) return;
     const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
     uint32_t ranks = ranks_of_words(p);
 #pragma unroll 1
-    for (int first = kAhead; first < vectors_; first += kAhead) {
-      load(first);
+    for (int first = IdWords::kWords; first < p.id_words; first += IdWords::kWords) {
+      load(p, first);
       ranks |= ranks_of_words(p);
     }
-    if (vectors_ == 0) ranks = ranks_of_odd_ids(p, threadIdx.x);
+    if (p.id_words == 0) ranks = ranks_of_odd_ids(p, threadIdx.x);
     ranks &= static_cast<uint32_t>(p.a.active);
     uint32_t column = 0;  // of rank `lane`
 #pragma unroll 2
@@ -54,37 +53,16 @@ class Look {
   }
 
  private:
-  static constexpr int kAhead = 2;  // vectors in flight
-
-  __device__ __forceinline__ void load(int first) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      words_[i] = {~0u, ~0u, ~0u, ~0u};
-      if (exists_ && first + i < vectors_)
-        words_[i] = reinterpret_cast<const uint4*>(from_)[first + i];
-    }
+  __device__ __forceinline__ void load(const DispatchLaunch& p, int first) {
+    by_unit(p, [&](auto unit) { ids_.load<decltype(unit)>(from_ + 4 * first, left_ - first); });
   }
   __device__ __forceinline__ uint32_t ranks_of_words(const DispatchLaunch& p) const {
-    const auto ranks = [&](uint32_t low, uint32_t high) {
-      const bool exists = high == 0 && low < static_cast<uint32_t>(p.c.num_experts);
-      return exists ? 1u << owner_of<true>(p.c, low) : 0u;
-    };
-    uint32_t mask = 0;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const uint4& w = words_[i];
-      if (p.a.wide_ids)
-        mask |= ranks(w.x, w.y) | ranks(w.z, w.w);
-      else
-        mask |= ranks(w.x, 0) | ranks(w.y, 0) | ranks(w.z, 0) | ranks(w.w, 0);
-    }
-    return mask;
+    return p.a.wide_ids ? ids_.ranks<true>(p.c) : ids_.ranks<false>(p.c);
   }
 
-  bool exists_;
-  int vectors_;
+  int left_;  // words of this thread's row
   const uint8_t* from_;
-  uint4 words_[kAhead];
+  IdWords ids_;
 };
 
 // A token's bit, and those of the tokens before it.
@@ -184,7 +162,7 @@ __global__ void __launch_bounds__(kMost, 1)
   Look look(p);
   const Operation op = begin(p.c, kDispatch);
   Chunk data[kRun];
-  look.load();
+  look.load(p);
   out.load(p, data);
   look.mark(p, columns);
   __syncthreads();

@@ -103,8 +103,13 @@ bool rows_aligned(const DispatchLaunch& p) {
   return on_chunks(p.a.payload) && whole && (p.a.input < 0 || p.a.input == kScalarBf16);
 }
 
-bool ids_are_quick(const DispatchLaunch& p) {
-  return on_chunks(p.a.ids) && p.c.top_k % 4 == 0 && p.c.ep_size <= 32 && p.c.larger_end == 0;
+// How ids are loaded, as context.h has it.
+void lay_out_ids(DispatchLaunch& p) {
+  const int words = p.c.top_k * (p.a.wide_ids ? 2 : 1);
+  const uint64_t all = reinterpret_cast<uintptr_t>(p.a.ids.data) | p.a.ids.stride | 4 * words;
+  if (p.c.ep_size > 32 || p.c.larger_end != 0 || all % 4 != 0) return;
+  p.id_words = words;
+  p.id_bytes = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : 4;
 }
 
 const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
@@ -288,14 +293,13 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   std::copy_n(e.extra, kMaxExtras, p.a.extra);
   p.global_scale = global_scale;
   lay_out_image(e, a.deferred, p);
-  p.quick_ids = ids_are_quick(p);
   p.everyone = a.active == all_ranks(e.context.ep_size);
   p.pitch = static_cast<int32_t>(packet_bytes(p.image_bytes, cell_data(e)));
   e.format = static_cast<uint32_t>(a.wire) | (a.deferred ? kDeferred : 0u);
   e.tokens = a.tokens;
   e.max_rows = a.max_rows;
   e.active = a.active;
-  p.quick_ids = ids_are_quick(p);
+  lay_out_ids(p);
   p.facts = {kDispatch, static_cast<uint32_t>(a.max_rows), e.format, scale_bits, a.active};
   // From what all ranks know alike.
   const bool packets =

@@ -2,7 +2,7 @@
 // go to the same one. A count, so the layout is the same in every run and on every backend.
 #pragma once
 
-#include "packet.cuh"
+#include "ids.cuh"
 #include "wait.cuh"
 
 namespace moe_a2a::cuda {
@@ -17,14 +17,6 @@ struct Route {            // in shared memory
     int32_t part[kMostWarps][kMaxRanks];  // rows to each rank, of the tokens a warp looked at
   };
 };
-
-// The rank that owns an expert, as owner_of_expert() of routing.h has it. kEven: all own as many.
-template <bool kEven>
-__device__ __forceinline__ uint32_t owner_of(const Context& c, uint32_t expert) {
-  if constexpr (kEven) return expert / c.smaller;
-  const bool on_larger = expert < static_cast<uint32_t>(c.larger_end);
-  return on_larger ? expert / c.larger : c.larger_ranks + (expert - c.larger_end) / c.smaller;
-}
 
 // Whether a choice is delivered anywhere; an int64 id comes as two words.
 __device__ __forceinline__ bool routed(const DispatchLaunch& p, uint32_t low, uint32_t high) {
@@ -62,41 +54,6 @@ __device__ __forceinline__ Mask ranks_of(const DispatchLaunch& p, int t, int end
                       : ranks_of<Mask, uint32_t, false>(p, t);
 }
 
-// Eight ids of a token in registers, from vector loads: the way where p.quick_ids allows it.
-template <class Id>
-struct Ids {
-  static constexpr int kVectors = 8 * sizeof(Id) / 16, kPerVector = 8 / kVectors;
-  uint4 words[kVectors];
-
-  // Ids from `first` on; none that exists where the token is negative.
-  __device__ __forceinline__ void load(const DispatchLaunch& p, int t, int first) {
-    const auto* from = reinterpret_cast<const uint4*>(p.a.ids.row(t) + first * sizeof(Id));
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      words[i] = {~0u, ~0u, ~0u, ~0u};
-      if (t >= 0 && first + i * kPerVector < p.c.top_k) words[i] = from[i];
-    }
-  }
-
-  __device__ __forceinline__ uint32_t ranks(const Context& c) const {
-    uint32_t mask = 0;
-    const auto add = [&](uint32_t low, uint32_t high) {
-      const bool exists = high == 0 && low < static_cast<uint32_t>(c.num_experts);
-      mask |= exists ? 1u << owner_of<true>(c, low) : 0u;
-    };
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint4& w = words[i];
-      if constexpr (sizeof(Id) == 4) {
-        add(w.x, 0), add(w.y, 0), add(w.z, 0), add(w.w, 0);
-      } else {
-        add(w.x, w.y), add(w.z, w.w);
-      }
-    }
-    return mask;
-  }
-};
-
 // The tokens that a lane looks at in one go: token(u) of them, -1 for none. The first warp begins
 // with the tile [first, last), the others, and it after that, with the tokens before `earlier`.
 struct TokenBatch {
@@ -113,48 +70,51 @@ struct TokenBatch {
 };
 
 // The first eight ids of a batch's tokens, four of int32 or two of int64, all in flight at once.
-// The same loads for both, so that no branch has to end, and to wait for what else is on its way.
 struct EarlyIds {
-  static constexpr int kVectors = 8;
-  uint4 words[kVectors];
+  static constexpr int kOctets = 4;
+  IdWords octet[kOctets];  // a token's one after the other
 
-  __device__ __forceinline__ void load(const DispatchLaunch& p, const TokenBatch& batch) {
-    const int shift = p.a.wide_ids ? 2 : 1, vectors = p.c.top_k >> (p.a.wide_ids ? 1 : 2);
+  __device__ __forceinline__ void load(const DispatchLaunch& p, const TokenBatch& batch,
+                                       int first = 0) {
+    const int of_token = p.a.wide_ids ? 1 : 0;
+    by_unit(p, [&](auto unit) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int t = batch.token(i >> shift), v = i & ((1 << shift) - 1);
-      words[i] = {~0u, ~0u, ~0u, ~0u};
-      if (t >= 0 && v < vectors) words[i] = reinterpret_cast<const uint4*>(p.a.ids.row(t))[v];
-    }
+      for (int i = 0; i < kOctets; ++i) {
+        const int t = batch.token(i >> of_token);
+        const int skipped = first + (i & of_token) * IdWords::kWords;
+        octet[i].load<decltype(unit)>(p.a.ids.row(t) + 4 * skipped,
+                                      t >= 0 ? p.id_words - skipped : 0);
+      }
+    });
   }
 };
 
-template <class Id>
+template <bool kWide>
 struct QuickLook {
   using Mask = uint32_t;
-  static constexpr int kTokens = 16 / sizeof(Id);
+  static constexpr int kOctets = kWide ? 2 : 1;  // of a token
+  static constexpr int kTokens = EarlyIds::kOctets / kOctets;
 
   static __device__ __forceinline__ void look(const DispatchLaunch& p, const TokenBatch& batch,
-                                              const EarlyIds& early, Mask (&ranks)[kTokens]) {
-    constexpr int kVectors = Ids<Id>::kVectors;
+                                              EarlyIds& ids, Mask (&ranks)[kTokens]) {
 #pragma unroll
-    for (int u = 0; u < kTokens; ++u) {
-      Ids<Id> ids;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) ids.words[i] = early.words[u * kVectors + i];
-      ranks[u] = batch.used(u) ? ids.ranks(p.c) : 0;
-    }
+    for (int u = 0; u < kTokens; ++u) ranks[u] = 0;
+    add(p, batch, ids, ranks);
 #pragma unroll 1
     for (int first = 8; first < p.c.top_k; first += 8) {
-      Ids<Id> ids[kTokens];
-#pragma unroll
-      for (int u = 0; u < kTokens; ++u) ids[u].load(p, batch.token(u), first);
-#pragma unroll
-      for (int u = 0; u < kTokens; ++u)
-        if (batch.used(u)) ranks[u] |= ids[u].ranks(p.c);
+      ids.load(p, batch, first * kOctets);
+      add(p, batch, ids, ranks);
     }
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) ranks[u] &= static_cast<Mask>(p.a.active);
+  }
+
+ private:
+  static __device__ __forceinline__ void add(const DispatchLaunch& p, const TokenBatch& batch,
+                                             const EarlyIds& ids, Mask (&ranks)[kTokens]) {
+#pragma unroll
+    for (int i = 0; i < EarlyIds::kOctets; ++i)
+      if (batch.used(i / kOctets)) ranks[i / kOctets] |= ids.octet[i].ranks<kWide>(p.c);
   }
 };
 
@@ -168,7 +128,7 @@ struct AnyLook {
   static constexpr int kTokens = 2;
 
   static __device__ __forceinline__ void look(const DispatchLaunch& p, const TokenBatch& batch,
-                                              const EarlyIds&, Mask (&ranks)[kTokens]) {
+                                              EarlyIds&, Mask (&ranks)[kTokens]) {
 #pragma unroll
     for (int u = 0; u < kTokens; ++u)
       ranks[u] = batch.token(u) >= 0 ? ranks_of_any(p, batch.token(u)) : 0;
@@ -217,7 +177,7 @@ __device__ __forceinline__ uint64_t look_at_batches(const DispatchLaunch& p, Tok
     }
     if (batch.earlier > 0) tally.add(p.c.ep_size, ranks);
     batch.at += kTokens * blockDim.x;
-    if (p.quick_ids && batch.at < batch.earlier) ids.load(p, batch);
+    if (p.id_words != 0 && batch.at < batch.earlier) ids.load(p, batch);
   }
   if (batch.earlier > 0) {
     route.part[warp][lane] = tally.low;
@@ -236,11 +196,11 @@ __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int 
   const int warp = threadIdx.x / kWarp;
   const TokenBatch batch{(warp - 1) * kWarp, earlier, first, last};
   EarlyIds ids;
-  if (p.quick_ids) ids.load(p, batch);
+  if (p.id_words != 0) ids.load(p, batch);
   between();
-  if (!p.quick_ids) return look_at_batches<AnyLook>(p, batch, ids, route);
-  return p.a.wide_ids ? look_at_batches<QuickLook<uint64_t>>(p, batch, ids, route)
-                      : look_at_batches<QuickLook<uint32_t>>(p, batch, ids, route);
+  if (p.id_words == 0) return look_at_batches<AnyLook>(p, batch, ids, route);
+  return p.a.wide_ids ? look_at_batches<QuickLook<true>>(p, batch, ids, route)
+                      : look_at_batches<QuickLook<false>>(p, batch, ids, route);
 }
 
 // What the tokens before `first` sent to rank d.

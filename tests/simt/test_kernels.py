@@ -97,14 +97,18 @@ def test_plain_rows_of_several_parts(pool, hidden):
     pool.run(play_case, "simt", Case(2, hidden=hidden, capacity=9, more=IN_BULK), rounds, ranks=2)
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(8, 4), (32, 12), (8, 6), (7, 4)])
+@pytest.mark.parametrize(
+    ("experts", "top_k"), [*((32, k) for k in (1, 2, 3, 4, 6, 7, 9, 12, 31)), (33, 6), (7, 4)]
+)
 @pytest.mark.parametrize("wide", [False, True])
-def test_ids_of_many_tokens(pool, wide, experts, top_k):
-    """More tokens than a block looks at in one go, and tiles after the first."""
+def test_ids_of_any_width(pool, wide, experts, top_k):
+    """More tokens than a block looks at in one go, tiles after the first; rows off any vector."""
     case = Case(2, experts=experts, top_k=top_k, hidden=16, capacity=3300)
     rounds = [
         Round(1, tokens=(3300, 1100), wide_ids=wide, routing="invalid"),
-        Round(2, tokens=(500, 40), wide_ids=wide),
+        Round(2, tokens=(500, 40), wide_ids=wide, strided=True),
+        Round(3, tokens=(128, 97), rows=128, wide_ids=wide, routing="invalid"),
+        Round(4, tokens=(1, 33), rows=40, wide_ids=wide, strided=True),
     ]
     pool.run(play_case, "simt", case, rounds, ranks=2)
 
