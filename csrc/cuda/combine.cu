@@ -105,7 +105,7 @@ struct Outgoing {
   uint8_t* inbox;
 
   __device__ __forceinline__ Outgoing(const CombineLaunch& p, int index)
-      : Outgoing(p, index / p.by_runs, index) {}
+      : Outgoing(p, index / p.by_push_runs, index) {}
 
   // A row at or past the count of those that came is nobody's, and is not read.
   __device__ __forceinline__ bool exists(const CombineLaunch& p) const {
@@ -125,7 +125,7 @@ struct Outgoing {
 
  private:
   __device__ __forceinline__ Outgoing(const CombineLaunch& p, int at, int index)
-      : slot(hold(static_cast<int>(at / p.by_targets))), steps((index - at * p.runs) * kRun) {
+      : slot(hold(static_cast<int>(at / p.by_targets))), steps((index - at * p.push_runs) * kRun) {
     source = p.c.rank + 1 + at - slot * p.targets;
     if (source >= p.c.ep_size) source -= p.c.ep_size;
     row = hold(row_of_y(p, source, slot));
@@ -174,7 +174,7 @@ __device__ __forceinline__ void push_rows(const CombineLaunch& p, Share share) {
   };
   const int rows = max(received(lane), received(lane + kWarp));
   const int most = __reduce_max_sync(kAllLanes, static_cast<uint32_t>(rows));
-  const int total = most * p.targets * p.runs;
+  const int total = most * p.targets * p.push_runs;
   Sequence sequence(p, share, total);
   Outgoing<Row, kRun> out(p, sequence.index());
   bool more = sequence.index() < total, exists = more && out.exists(p);
@@ -266,25 +266,25 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
   return true;
 }
 
-template <class Row, int kRun>
+template <class Row, int kPush, int kRun>
 __global__ void __launch_bounds__(kMost<Row, kRun>, 1)
     combine(const CombineLaunch __grid_constant__ p) {
   const Roles roles(p);
-  const Outgoing<Row, kRun> out(p, roles.push.first);
+  const Outgoing<Row, kPush> out(p, roles.push.first);
   int index = roles.sum.first, token = index / p.by_runs;
   const Operation op = begin(p.c, kCombineOp);
   // Known by the time that the first rows are on their way.
   Slots slots = Slots::of_token(p, token);
   const bool exists = out.exists(p);
   if (p.pushers == 0 && exists && !op.dead) {
-    Chunk data[kRun][Row::kChunks];
+    Chunk data[kPush][Row::kChunks];
     out.load(p, data);
     out.send(p, data);
   }
   if (roles.finishes && !op.dead) send_combine_headers(p, op.tag, p.c.strict);
   if (op.dead) return;
   const int pushed = p.pushers == 0 ? roles.push.stride : 0;
-  push_rows<Row, kRun>(p, {roles.push.first + pushed, roles.push.stride});
+  push_rows<Row, kPush>(p, {roles.push.first + pushed, roles.push.stride});
   Wait wait;
 #pragma unroll 1
   for (const int total = p.tokens * p.runs; index < total; index += roles.sum.stride) {
@@ -297,34 +297,35 @@ __global__ void __launch_bounds__(kMost<Row, kRun>, 1)
 }
 
 template <class Row>
-const void* kernel(int run) {
-  if (run == 1) return reinterpret_cast<const void*>(combine<Row, 1>);
-  if (run == 2) return reinterpret_cast<const void*>(combine<Row, 2>);
-  if constexpr (Row::kChunks == 1) return reinterpret_cast<const void*>(combine<Row, 4>);
+const void* kernel(CombineRuns runs) {
+  if (runs.sum == 1) return reinterpret_cast<const void*>(combine<Row, 1, 1>);
+  if (runs.push == 2) return reinterpret_cast<const void*>(combine<Row, 2, 2>);
+  if constexpr (Row::kChunks == 1) return reinterpret_cast<const void*>(combine<Row, 4, 4>);
+  if constexpr (Row::kChunks == 2) return reinterpret_cast<const void*>(combine<Row, 4, 2>);
   return nullptr;
 }
 
 template <int kWire>
-const void* scaled_kernel(int scalar, int run) {
-  return scalar == kScalarBf16   ? kernel<Scaled<kWire, kScalarBf16>>(run)
-         : scalar == kScalarFp16 ? kernel<Scaled<kWire, kScalarFp16>>(run)
-                                 : kernel<Scaled<kWire, kScalarFp32>>(run);
+const void* scaled_kernel(int scalar, CombineRuns runs) {
+  return scalar == kScalarBf16   ? kernel<Scaled<kWire, kScalarBf16>>(runs)
+         : scalar == kScalarFp16 ? kernel<Scaled<kWire, kScalarFp16>>(runs)
+                                 : kernel<Scaled<kWire, kScalarFp32>>(runs);
 }
 
 }  // namespace
 
-const void* combine_kernel(int combine_wire, int scalar, int run) {
+const void* combine_kernel(int combine_wire, int scalar, CombineRuns runs) {
   switch (combine_wire) {
     case kBf16:
-      return kernel<Plain<kScalarBf16>>(run);
+      return kernel<Plain<kScalarBf16>>(runs);
     case kFp16:
-      return kernel<Plain<kScalarFp16>>(run);
+      return kernel<Plain<kScalarFp16>>(runs);
     case kFp32:
-      return kernel<Plain<kScalarFp32>>(run);
+      return kernel<Plain<kScalarFp32>>(runs);
     case kFp8Block128:
-      return scaled_kernel<kFp8Block128>(scalar, run);
+      return scaled_kernel<kFp8Block128>(scalar, runs);
     default:
-      return scaled_kernel<kMxfp8>(scalar, run);
+      return scaled_kernel<kMxfp8>(scalar, runs);
   }
 }
 

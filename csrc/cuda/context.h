@@ -120,12 +120,12 @@ struct CombineLaunch {
   CombineArgs a;
   bool odd;  // y has rows that do not begin on 16 bytes
   int32_t tokens;
-  int32_t runs;     // of steps, in a row
-  int32_t units;    // runs that may be pushed
-  int32_t pushers;  // warps of a block that push while the others sum; 0: all do both
-  uint32_t nap;     // ns between polls of those
+  int32_t push_runs, runs;  // of steps, in a row that is pushed, and in one that is summed
+  int32_t units;            // runs that may be pushed
+  int32_t pushers;          // warps of a block that push while the others sum; 0: all do both
+  uint32_t nap;             // ns between polls of those
   int32_t targets;  // ranks that rows are pushed to: the others, or all where rows are quantized
-  FastDivisor by_runs, by_targets;
+  FastDivisor by_push_runs, by_runs, by_targets;
   RoundFacts facts;
 };
 

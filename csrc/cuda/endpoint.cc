@@ -13,7 +13,7 @@ constexpr int kCombineStep = 512;
 
 // Of a combine: up to so many units of a warp it does both in turn, push and sum; warps of a block
 // that push in larger rounds; ns between polls there.
-constexpr int kRoundsTogether = 2, kPushersPlain = 2, kPushersScaled = 8, kNap = 60;
+constexpr int kRoundsTogether = 2, kPushersPlain = 2, kPushersScaled = 6, kNap = 60;
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -156,30 +156,33 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
 
 // Steps of a warp, 512 bytes of a plain row or columns of a quantized one, are moved in runs: as
 // short as gives every warp of the device one; in large rounds as long as registers allow, and some
-// warps push while the others sum. `odd`: y as bytes.
+// warps push while the others sum.
 const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   const bool scaled = quantized(e.shape.combine_wire);
+  const int chunks = !scaled ? 1 : p.a.scalar == kScalarFp32 ? 4 : 2;
   const int64_t targets = std::max<int64_t>(e.geometry.ep_size - (scaled ? 0 : 1), 1);
   const int64_t bytes = scaled ? e.shape.hidden : e.geometry.combine_bytes;
   const int64_t steps = (bytes + kCombineStep - 1) / kCombineStep;
-  const int64_t rows = std::max(e.max_rows * targets, e.tokens), longest = scaled ? 2 : 4;
-  int64_t run = 1;
-  while (run < longest && rows * ((steps + run - 1) / run) > 16 * movers(e.blocks)) run *= 2;
-  p.runs = static_cast<int32_t>((steps + run - 1) / run);
-  p.units = static_cast<int32_t>(e.max_rows * targets * p.runs);
-  p.by_runs = fast_divisor(p.runs);
-  p.targets = static_cast<int32_t>(targets);
-  p.by_targets = fast_divisor(targets);
-  const int chunks = !scaled ? 1 : p.a.scalar == kScalarFp32 ? 4 : 2;
-  const int warps = combine_warps(chunks, static_cast<int>(run));
-  Grid grid = packets_grid(e, rows * p.runs, warps);
-  if (rows * p.runs > kRoundsTogether * warps * movers(e.blocks) && e.blocks > 1) {
-    grid.blocks = e.blocks;
+  const int64_t rows = std::max(e.max_rows * targets, e.tokens), room = 16 * movers(e.blocks);
+  const auto runs_of = [&](int run) { return (steps + run - 1) / run; };
+  CombineRuns runs{1, 1};
+  if (rows * runs_of(1) > room) runs = {2, 2};
+  const bool divided = e.blocks > 1 && rows * runs_of(2) > kRoundsTogether * room;
+  if (divided) {
+    runs = longest_runs(chunks);
     p.pushers = scaled ? kPushersScaled : kPushersPlain;
     p.nap = kNap;
   }
-  return launch(e, combine_kernel(e.shape.combine_wire, p.a.scalar, static_cast<int>(run)), grid,
-                &p, stream);
+  p.push_runs = static_cast<int32_t>(runs_of(runs.push));
+  p.runs = static_cast<int32_t>(runs_of(runs.sum));
+  p.units = static_cast<int32_t>(e.max_rows * targets * p.push_runs);
+  p.targets = static_cast<int32_t>(targets);
+  p.by_push_runs = fast_divisor(p.push_runs);
+  p.by_runs = fast_divisor(p.runs);
+  p.by_targets = fast_divisor(targets);
+  Grid grid = packets_grid(e, rows * p.runs, combine_warps(chunks, runs.sum));
+  if (divided) grid.blocks = e.blocks;
+  return launch(e, combine_kernel(e.shape.combine_wire, p.a.scalar, runs), grid, &p, stream);
 }
 
 void place(Context& c, const Endpoint& e) {
@@ -214,11 +217,13 @@ const char* load_kernels() {
     }
   }
   kernels.insert(kernels.end(), staged.begin(), staged.end());
-  for (int run : {1, 2, 4}) {
-    kernels.push_back(dispatch_small_kernel(run));
-    for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8})
-      for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32})
-        if (run < 4 || !quantized(wire)) kernels.push_back(combine_kernel(wire, scalar, run));
+  for (int run : {1, 2, 4}) kernels.push_back(dispatch_small_kernel(run));
+  for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8}) {
+    for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32}) {
+      const int chunks = !quantized(wire) ? 1 : scalar == kScalarFp32 ? 4 : 2;
+      for (CombineRuns runs : {CombineRuns{1, 1}, CombineRuns{2, 2}, longest_runs(chunks)})
+        kernels.push_back(combine_kernel(wire, scalar, runs));
+    }
   }
   for (const void* kernel : kernels) {
     cudaFuncAttributes attributes;

@@ -190,7 +190,9 @@ struct Scaled {
     for (int u = 0; u < kRun; ++u) {
       if (steps.column(u) < p.c.hidden)
         store_relaxed_sys(reinterpret_cast<Chunk*>(to + u * kStepBytes), item[u].codes);
-      if (steps.lane() % kWordLanes == u) word = item[u].scales;
+      // Held, or the compiler makes memory of the registers to pick one by its index.
+      const int own = hold(static_cast<int>(item[u].scales));
+      if (steps.lane() % kWordLanes == u) word = static_cast<uint32_t>(own);
     }
     const int at = column_of_word(steps);
     if (at < p.c.hidden) store_relaxed_sys(word_of(row + p.c.hidden, at), word);

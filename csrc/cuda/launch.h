@@ -16,10 +16,20 @@ const void* dispatch_small_kernel(int run);
 // bytes and travel in whole chunks; those that are quantized are bf16.
 const void* dispatch_packets_kernel(bool lines, int wire, bool aligned);
 const void* dispatch_bulk_kernel(int wire, bool aligned);
-// Warps of a block at most: long runs take more registers. `chunks`: of 16 bytes, of a lane's
-// columns of y in a step.
-constexpr int combine_warps(int chunks, int run) { return chunks > 1 ? 16 : run == 4 ? 12 : 16; }
-// `scalar`: of y. `run`: steps, at most 2 where the wire is quantized.
-const void* combine_kernel(int combine_wire, int scalar, int run);
+// Steps that a warp pushes, and sums, in one go.
+struct CombineRuns {
+  int push, sum;
+};
+// In large rounds, as many as registers allow. `chunks`: of 16 bytes, of a lane's columns of y in a
+// step; more than one where rows are quantized.
+constexpr CombineRuns longest_runs(int chunks) {
+  return chunks == 1 ? CombineRuns{4, 4} : chunks == 2 ? CombineRuns{4, 2} : CombineRuns{2, 2};
+}
+// Warps of a block, at most.
+constexpr int combine_warps(int chunks, int run) {
+  return chunks * run == 4 && chunks == 1 ? 12 : 16;
+}
+// `scalar`: of y. `runs`: both 1 or both 2, or the longest.
+const void* combine_kernel(int combine_wire, int scalar, CombineRuns runs);
 
 }  // namespace moe_a2a::cuda
