@@ -44,21 +44,36 @@ struct alignas(kLine) Status {
   int32_t operations_ago[kMaxRanks];  // since each rank was last seen, -1 for never
 };
 
-// n / d as a product, exact for all n below 2^31: with l = ceil(log2 d) and m = ceil(2^(31+l) / d)
-// the product is above n / d by less than 2^l / 2^(31+l) * n < 1 / d.
+// n / d as a product, exact for all n below 2^31: with 2^(shift-1) < d <= 2^shift the magic number
+// is 2^(31+shift) / d, rounded up by less than 1, which n times over is less than 1 / d too much.
 struct FastDivisor {
-  uint32_t magic, shift;
+  uint32_t magic;
+  int32_t shift;
 };
 
 inline FastDivisor fast_divisor(int64_t divisor) {
   const uint64_t d = divisor < 1 ? 1 : static_cast<uint64_t>(divisor);
-  uint32_t l = 0;
-  while (uint64_t{1} << l < d) ++l;
-  return {static_cast<uint32_t>(((uint64_t{1} << (31 + l)) + d - 1) / d), l};
+  int shift = 0;
+  while (uint64_t{1} << shift < d) ++shift;
+  return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + d - 1) / d), shift};
 }
 
 MOE_HD uint32_t operator/(uint32_t n, const FastDivisor& f) {
   return static_cast<uint32_t>(uint64_t{2 * n} * f.magic >> 32) >> f.shift;
+}
+
+// The same without the shift, exact where n * d < 2^31: for experts, of which a token has many.
+struct ExpertDivisor {
+  uint32_t magic;
+};
+
+inline ExpertDivisor expert_divisor(int64_t divisor) {
+  const uint64_t d = divisor < 1 ? 1 : static_cast<uint64_t>(divisor);
+  return {static_cast<uint32_t>((uint64_t{1} << 31) / d + 1)};
+}
+
+MOE_HD uint32_t operator/(uint32_t n, const ExpertDivisor& f) {
+  return static_cast<uint32_t>(uint64_t{2 * n} * f.magic >> 32);
 }
 
 // One part of a row: where it lies in the row's image and in the window.
@@ -84,7 +99,7 @@ struct Context {
   int32_t invalid_id, wire, combine_wire;
   int32_t larger_end;  // experts below it live on ranks that own one more than the others
   int32_t larger_ranks;
-  FastDivisor larger, smaller;  // experts per rank
+  ExpertDivisor larger, smaller;  // experts per rank; there are fewer than 2^15
   bool scrub_all, debug;
   bool strict;  // nothing but what the memory model promises: see send_header()
 
@@ -109,8 +124,11 @@ struct DispatchLaunch {
   // multiple of. No words where ids go the long way: experts are not shared out evenly, or there
   // are more than 32 ranks.
   int32_t id_words, id_bytes;
-  bool everyone;  // is active
-  FastDivisor by_runs, by_rows;
+  bool everyone;                  // is active
+  FastDivisor by_runs, by_peers;  // the other ranks
+  // Warps of a block that send while the others receive, and nanoseconds that these sleep between
+  // polls. 0: all warps send, and then all receive.
+  int32_t senders, nap;
   RoundFacts facts;
 };
 

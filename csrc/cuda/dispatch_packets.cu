@@ -194,9 +194,11 @@ __global__ void __launch_bounds__(kMost, 1)
   if (op.dead) return;
   if (finishes) announce_counts(p, op.tag, p.c.strict, route);
   if (moves) {
-    receive_rows<Packet, kRun>(p, op, movers);
+    const int warps = blockDim.x / kWarp;
+    const Turn turn{static_cast<int>(blockIdx.x * warps + threadIdx.x / kWarp), movers * warps};
+    receive_rows<Packet, kRun>(p, op, turn);
     const int own = await_count(p, op, p.c.rank);
-    if (own >= 0) scrub_silent<Packet, kRun>(p, own, movers);
+    if (own >= 0) scrub_silent<Packet, kRun>(p, own, turn);
   }
   if (finishes && threadIdx.x < kWarp) finish_dispatch(p, op, false);
 }

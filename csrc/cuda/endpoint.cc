@@ -12,8 +12,8 @@ constexpr int kMostImage = 64 << 10;  // bytes of shared memory for a row that i
 constexpr int kCombineStep = 512;
 
 // Of a combine: up to so many units of a warp it does both in turn, push and sum; warps of a block
-// that push in larger rounds; ns between polls there.
-constexpr int kRoundsTogether = 2, kPushersPlain = 2, kPushersScaled = 6, kNap = 60;
+// that push in larger rounds.
+constexpr int kRoundsTogether = 2, kPushersPlain = 2, kPushersScaled = 6;
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -79,8 +79,7 @@ int run_of(const Endpoint& e, int64_t strips) {
 
 // A warp for each run, as long as there is room, on as many multiprocessors as there are, `most` a
 // block; and a block for the headers.
-Grid packets_grid(const Endpoint& e, int64_t runs, int most) {
-  int threads = 128;
+Grid packets_grid(const Endpoint& e, int64_t runs, int most, int threads = 128) {
   while (threads < 32 * most && runs > threads / 32 * movers(e.blocks)) threads *= 2;
   threads = std::min(threads, 32 * most);
   const int64_t wanted = (runs + threads / 32 - 1) / (threads / 32) + 1;
@@ -112,15 +111,33 @@ void lay_out_ids(DispatchLaunch& p) {
   p.id_bytes = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : 4;
 }
 
+// Whether dispatch_small takes its tokens as many: there are, or a warp would have several runs to
+// receive, as also happens to a rank that sends few. Sets how long the runs are then.
+bool takes_many(const Endpoint& e, int64_t strips, DispatchLaunch& p, int& run) {
+  if (p.a.max_rows <= kSmallTokens) return false;
+  const int64_t rows = p.a.max_rows * std::max<int64_t>(e.geometry.ep_size - 1, 1);
+  const int run_then = run_of(e, rows * strips), warps = 16 * movers(e.blocks);
+  const bool divided = e.geometry.ep_size > 1 &&
+                       rows * ((strips + run_then - 1) / run_then) > kUndividedRuns * warps;
+  if (!divided && p.a.tokens <= kSmallTokens) return false;
+  run = run_then;
+  p.senders = divided ? kSenders : 0;
+  p.nap = divided ? kNap : 0;
+  return true;
+}
+
 const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
   const bool staged = p.a.input >= 0;
-  const bool small =
-      !staged && e.options.lines && p.a.tokens <= kSmallTokens && e.geometry.ep_size <= kSmallRanks;
-  const int64_t strips = strips_of(p.pitch);
-  const int run = small ? run_of(e, p.a.max_rows * strips) : staged || !e.options.lines ? 1 : 2;
+  const bool columns =
+      !staged && e.options.lines && p.a.tokens <= kManyTokens && e.geometry.ep_size <= kSmallRanks;
+  const int64_t strips = strips_of(p.pitch), peers = std::max<int64_t>(e.geometry.ep_size - 1, 1);
+  int run = columns ? run_of(e, p.a.max_rows * strips) : staged || !e.options.lines ? 1 : 2;
+  const bool many = columns && takes_many(e, strips, p, run);
   p.runs = static_cast<int32_t>((strips + run - 1) / run);
-  // Runs of four take the registers of two.
-  Grid grid = packets_grid(e, p.a.max_rows * p.runs, run == 4 ? 8 : 16);
+  const int64_t runs = p.a.max_rows * p.runs;
+  // Runs of four take the registers of two, but where they share the kernel with many columns.
+  Grid grid =
+      many ? packets_grid(e, runs * peers, 16, 512) : packets_grid(e, runs, run == 4 ? 8 : 16);
   const int blocks = movers(grid.blocks);
   p.share = static_cast<int32_t>((p.a.tokens * p.runs + blocks - 1) / blocks);
   if (staged) {
@@ -128,9 +145,9 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
     grid.shared = p.image_bytes;
   }
   p.by_runs = fast_divisor(p.runs);
-  p.by_rows = fast_divisor(p.a.max_rows);
-  const void* kernel = small
-                           ? dispatch_small_kernel(run)
+  p.by_peers = fast_divisor(e.geometry.ep_size - 1);
+  const void* kernel = columns
+                           ? dispatch_small_kernel(many, run)
                            : dispatch_packets_kernel(e.options.lines, wire_of(p), rows_aligned(p));
   return launch(e, kernel, grid, &p, stream);
 }
@@ -202,8 +219,8 @@ void own_experts(Context& c, const Geometry& g) {
   const int64_t base = g.num_experts / g.ep_size, more = g.num_experts % g.ep_size;
   c.larger_end = static_cast<int32_t>(more * (base + 1));
   c.larger_ranks = static_cast<int32_t>(more);
-  c.larger = fast_divisor(base + 1);
-  c.smaller = fast_divisor(base);
+  c.larger = expert_divisor(base + 1);
+  c.smaller = expert_divisor(base);
 }
 
 const char* load_kernels() {
@@ -217,7 +234,8 @@ const char* load_kernels() {
     }
   }
   kernels.insert(kernels.end(), staged.begin(), staged.end());
-  for (int run : {1, 2, 4}) kernels.push_back(dispatch_small_kernel(run));
+  for (int run : {1, 2, 4})
+    for (bool many : {false, true}) kernels.push_back(dispatch_small_kernel(many, run));
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8}) {
     for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32}) {
       const int chunks = !quantized(wire) ? 1 : scalar == kScalarFp32 ? 4 : 2;
@@ -306,9 +324,13 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   e.active = a.active;
   lay_out_ids(p);
   p.facts = {kDispatch, static_cast<uint32_t>(a.max_rows), e.format, scale_bits, a.active};
-  // From what all ranks know alike.
-  const bool packets =
-      a.max_rows * p.pitch <= e.context.dispatch_peer_bytes && p.image_bytes <= kMostImage;
+  // From what all ranks know alike; nobody knows of another rank's rows whether it quantizes them
+  // itself, but on a plain wire it can't.
+  const bool many = (a.deferred || !quantized(a.wire)) && e.options.lines &&
+                    e.geometry.ep_size <= kSmallRanks && a.max_rows <= kManyTokens;
+  const int64_t inbox = e.context.dispatch_peer_bytes;
+  const int64_t room = many ? inbox : std::min(inbox, kInboxPerPeer);
+  const bool packets = a.max_rows * p.pitch <= room && p.image_bytes <= kMostImage;
   return packets ? dispatch_in_packets(e, p, stream) : dispatch_in_bulk(e, p, stream);
 }
 

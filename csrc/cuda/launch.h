@@ -6,12 +6,17 @@
 
 namespace moe_a2a::cuda {
 
-constexpr int kSmallTokens = 128;  // of a rank, that dispatch_small takes
+// Tokens of a rank that dispatch_small takes as few, and those that it takes at all.
+constexpr int kSmallTokens = 128, kManyTokens = kPacketTokens;
 constexpr int kSmallRanks = 32;
+// Where a warp would have more runs to receive than kUndividedRuns, kSenders of a block's 16 send
+// and the others receive. kNap: nanoseconds between polls of warps that only wait.
+constexpr int kUndividedRuns = 2, kSenders = 6, kNap = 50;
 constexpr int kDirectSteps = 7;  // of a warp, that are in flight in dispatch_bulk at most
 constexpr int kQuantizedSteps = 4;
 
-const void* dispatch_small_kernel(int run);
+// `many`: more than kSmallTokens, or rows to receive for which warps divide the work; 512 threads.
+const void* dispatch_small_kernel(bool many, int run);
 // `wire`: what rows are quantized to, -1 where they travel as they are. `aligned`: rows begin on 16
 // bytes and travel in whole chunks; those that are quantized are bf16.
 const void* dispatch_packets_kernel(bool lines, int wire, bool aligned);

@@ -8,6 +8,11 @@
 
 namespace moe_a2a::cuda {
 
+// Which pieces a warp takes of work that several share: every so many, from `first` on.
+struct Turn {
+  int first, stride;
+};
+
 // A run of token t's image from the caller's tensors.
 template <class Packet, int kRun>
 __device__ __forceinline__ void load_run(const DispatchLaunch& p, int t, Run<Packet, kRun> run,
@@ -63,8 +68,8 @@ class Places {
 
 enum Arrival { kRow, kPadding, kNothing };  // the last where the round is given up
 
-// Polls a run until it is there, or known to be padding.
-template <class Packet, int kRun>
+// Polls a run until it is there, or known to be padding. kNaps: not as often as can be.
+template <class Packet, int kRun, bool kNaps>
 __device__ __forceinline__ Arrival await_run(const DispatchLaunch& p, const Operation& op,
                                              int source, int slot, Run<Packet, kRun> run,
                                              Chunk (&data)[kRun], Wait& wait) {
@@ -77,28 +82,27 @@ __device__ __forceinline__ Arrival await_run(const DispatchLaunch& p, const Oper
     if (__all_sync(kAllLanes, fresh)) return kRow;
     if (__all_sync(kAllLanes, count >= 0 && slot >= count)) return kPadding;
     if (!keep_waiting(p.c, p.facts, op, wait, bit(source))) return kNothing;
+    if (kNaps && p.nap > 0) __nanosleep(p.nap);
   }
 }
 
 // Runs of rows that may come from other ranks, a warp one after the other: unpacked, or scrubbed.
-template <class Packet, int kRun>
+// In the order in which they come: the first rows of all ranks, then the next ones.
+template <class Packet, int kRun, bool kNaps = false>
 __device__ __forceinline__ void receive_rows(const DispatchLaunch& p, const Operation& op,
-                                             int movers) {
+                                             Turn turn) {
   const Context& c = p.c;
-  const int warps = blockDim.x / kWarp;
-  const int total = (c.ep_size - 1) * static_cast<int>(p.a.max_rows) * p.runs;
+  const int peers = c.ep_size - 1, total = peers * static_cast<int>(p.a.max_rows) * p.runs;
   Wait wait;
 #pragma unroll 1
-  for (int index = blockIdx.x * warps + threadIdx.x / kWarp; index < total;
-       index += movers * warps) {
-    const int row = index / p.by_runs, peer = row / p.by_rows;
-    const int slot = row - peer * static_cast<int>(p.a.max_rows);
+  for (int index = turn.first; index < total; index += turn.stride) {
+    const int row = index / p.by_runs, slot = row / p.by_peers, peer = row - slot * peers;
     const Run<Packet, kRun> run((index - row * p.runs) * kRun);
     const int source = peer + (peer >= c.rank);
     if ((p.a.active >> source & 1) == 0) continue;
     const Places<Packet, kRun> places(p, source * p.a.max_rows + slot, run);
     Chunk data[kRun];
-    const Arrival arrival = await_run(p, op, source, slot, run, data, wait);
+    const Arrival arrival = await_run<Packet, kRun, kNaps>(p, op, source, slot, run, data, wait);
     if (arrival == kNothing) return;
     if (arrival == kRow)
       places.put(data);
@@ -110,8 +114,8 @@ __device__ __forceinline__ void receive_rows(const DispatchLaunch& p, const Oper
 // Padding of sources that send no packets: of this rank itself, past its `own` rows, and of those
 // that are not active.
 template <class Packet, int kRun>
-__device__ __forceinline__ void scrub_silent(const DispatchLaunch& p, int own, int movers) {
-  const int warps = blockDim.x / kWarp, rows = static_cast<int>(p.a.max_rows);
+__device__ __forceinline__ void scrub_silent(const DispatchLaunch& p, int own, Turn turn) {
+  const int rows = static_cast<int>(p.a.max_rows);
   const int first = p.c.scrub_all ? 0 : p.segment[kSegmentIds].image / (kRun * 2 * Packet::kData);
 #pragma unroll 1
   for (int source = 0; source < p.c.ep_size; ++source) {
@@ -119,8 +123,7 @@ __device__ __forceinline__ void scrub_silent(const DispatchLaunch& p, int own, i
     const int count = source == p.c.rank ? own : 0;
     if (!silent) continue;
 #pragma unroll 1
-    for (int slot = count + blockIdx.x * warps + threadIdx.x / kWarp; slot < rows;
-         slot += movers * warps)
+    for (int slot = count + turn.first; slot < rows; slot += turn.stride)
 #pragma unroll 1
       for (int index = first; index < p.runs; ++index)
         Places<Packet, kRun>(p, source * p.a.max_rows + slot, Run<Packet, kRun>(index * kRun))

@@ -101,6 +101,11 @@ template <class T>
 T __shfl_xor_sync(unsigned, T v, int step) {
   return simt::shuffle(v, simt::lane() ^ step);
 }
+template <class T>
+T __shfl_up_sync(unsigned, T v, int step) {
+  const unsigned from = simt::lane() - step;
+  return simt::shuffle(v, from < 32 ? from : simt::lane());
+}
 inline unsigned __ballot_sync(unsigned, bool v) { return simt::vote(v); }
 inline bool __any_sync(unsigned, bool v) { return simt::vote(v) != 0; }
 inline bool __all_sync(unsigned, bool v) { return simt::vote(v) == ~0u; }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -152,9 +154,89 @@ def test_more_rows_than_blocks_in_bulk(pool, back):
         pool.run(limited, blocks, case, rounds, ranks=3)
 
 
+# Rounds of up to 1,024 tokens whose rows are not quantized: in packets, though they are large.
+ALL_SIZES = [
+    Round(1, tokens=(1024, 611), rows=1024),
+    Round(2, tokens=(0, 2)),
+    Round(3, tokens=(129, 300), rows=300, routing="invalid"),
+    Round(4, tokens=(1500, 900)),
+    Round(5, tokens=(513, 40), rows=1024, strided=True, wide_ids=True),
+    Round(6, tokens=(128, 7), rows=128),
+    Round(7, tokens=(33, 700), rows=700, routing="hot"),
+    Round(8, tokens=(512, 1024), rows=1024, routing="nowhere"),
+    Round(9, tokens=(1200, 900), rows=1200),
+    Round(10, tokens=(1024, 1), rows=1024),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, top_k=3, hidden=1024, capacity=1500),
+        Case(2, experts=7, top_k=3, hidden=96, capacity=1500, more={"scrub": "all"}),
+        Case(2, wire="fp8_block128", hidden=128, capacity=3000, more={"extra": {"odd": 131}}),
+    ],
+    ids=str,
+)
+def test_many_tokens_of_every_number(pool, case):
+    """Small rounds, middling ones and those in bulk follow each other; what they leave is stale."""
+    pool.run(play_case, "simt", case, ALL_SIZES, ranks=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, experts=9, top_k=9, hidden=512, capacity=260),
+        Case(4, experts=6, top_k=2, hidden=256, capacity=260, more={"scrub": "all"}),
+        Case(5, experts=20, top_k=7, hidden=48, capacity=260, more={"extra": {"a": 8, "z": 515}}),
+        Case(1, experts=4, top_k=4, hidden=256, capacity=260),
+    ],
+    ids=str,
+)
+def test_many_tokens_from_several_peers(pool, case, kind):
+    rounds = [
+        Round(1, tokens=(260, 130, 0, 31, 259)),
+        Round(2, tokens=(1, 2, 3), rows=3),
+        Round(3, tokens=(7, 260, 200, 1), wide_ids=True, routing="invalid"),
+        Round(4, tokens=(140, 150, 129), rows=150, strided=True),
+    ]
+    pool.run(play_case, kind, case, rounds, ranks=case.size)
+
+
+def test_many_tokens_that_the_caller_has_quantized(pool):
+    case = Case(2, wire="mxfp8", hidden=256, capacity=400)
+    rounds = [Round(n, source="wire", tokens=(400, 131), strided=n > 1) for n in (1, 2)]
+    pool.run(play_case, "simt", case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_many_tokens_on_any_grid(pool, blocks):
+    case = Case(2, hidden=1024, capacity=300)
+    rounds = [Round(1, tokens=(300, 129)), Round(2, tokens=(5, 200)), Round(3, rows=4)]
+    pool.run(limited, blocks, case, rounds, ranks=2)
+
+
+@pytest.mark.parametrize("hidden", [32, 384, 1024])
+def test_many_tokens_with_a_warp_for_each_run(pool, hidden):
+    """More multiprocessors: warps send and receive."""
+    case = Case(3, top_k=4, hidden=hidden, capacity=160, more={"scrub": "all"})
+    rounds = [Round(1, tokens=(160, 131, 3)), Round(2, tokens=(12, 160), wide_ids=True)]
+    pool.run(on_a_large_device, case, rounds, ranks=3)
+
+
+def on_a_large_device(ranks, case, rounds):
+    os.environ["MOE_SIMT_MULTIPROCESSORS"] = "72"  # of three ranks
+    try:
+        return play_case(ranks, "simt", case, rounds)
+    finally:
+        del os.environ["MOE_SIMT_MULTIPROCESSORS"]
+
+
 def test_inactive_ranks(pool):
     active = (True, False, True)
     pool.run(without_one, Case(3, capacity=8), active, ranks=3)
+    pool.run(without_one, Case(3, capacity=200, more={"scrub": "all"}), active, ranks=3)
 
 
 def without_one(ranks, case, active):
@@ -162,7 +244,7 @@ def without_one(ranks, case, active):
     with AllToAll(case.spec(), ranks.group, backend="simt", timeout=20) as a2a:
         play(a2a, ranks, case, Round(1))
         if active[ranks.rank]:
-            for rows in (8, 1):
+            for rows in (case.capacity, 1):
                 play(a2a, ranks, case, Round(2, rows=rows, active=active))
 
 
@@ -191,8 +273,8 @@ def test_a_rank_that_stays_away_is_named_and_all_go_on(pool):
 
 def one_stays_away(ranks):
     register()
-    case = Case(3, capacity=8)
-    for rows in (8, 1):
+    case = Case(3, capacity=200)
+    for rows in (200, 8, 1):
         with AllToAll(case.spec(), ranks.group, backend="simt", timeout=1) as a2a:
             play(a2a, ranks, case, Round(1, rows=rows))
             if ranks.rank != 1:

@@ -73,6 +73,14 @@ def test_size_is_the_formula():
         assert control < 128 * (8 * spec.ep_size + 8), "a few lines per rank"
 
 
+def test_a_dispatch_of_1024_plain_rows_fits_the_inbox():
+    for hidden in (1024, 7168):
+        spec = Spec(2, 256, 8, hidden, 4096)
+        inbox = {name: nbytes for name, _, nbytes in spec.workspace()}["dispatch_inbox"]
+        cells = -(-(2 * hidden + 2 * 4 * 8) // 240)
+        assert inbox == 2 * max(2**21, 1024 * cells * 256)
+
+
 def test_the_table_prints():
     spec = Spec(4, 256, 8, 7168, 512, wire="nvfp4", extra={"request": 8})
     lines = str(spec.workspace()).splitlines()
