@@ -23,13 +23,11 @@ constexpr int kMaxTopK = 32;
 constexpr int64_t kLine = 128;  // alignment of regions, and the unit of false sharing
 
 // Low-latency packets: 128-byte lines that carry 120 bytes of data and an 8-byte tag, two lines a
-// cell, so that 16 lanes move 15 chunks of 16 bytes. A round that needs more than kInboxPerPeer of
-// cells from one peer is faster in bulk, so no more is reserved; but for a dispatch of up to
-// kPacketTokens rows, which travel in packets where the inbox has room for them.
+// cell, so that 16 lanes move 15 chunks of 16 bytes. A round that needs more of cells from one peer
+// is faster in bulk, so no more is reserved.
 constexpr int64_t kCell = 2 * kLine;
 constexpr int64_t kCellData = 240;
 constexpr int64_t kInboxPerPeer = int64_t{2} << 20;
-constexpr int kPacketTokens = 1024;
 constexpr int64_t kInboxTotal = int64_t{32} << 20;
 
 struct Geometry {
@@ -82,14 +80,11 @@ MOE_HD int64_t packet_bytes(int64_t image_bytes, int64_t cell_data) {
   return (image_bytes + cell_data - 1) / cell_data * kCell;
 }
 
-// Of so many rows from each peer at least. `bulk` bounds the inbox, at what packets of large rows
-// need: with tiny rows a cell would otherwise cost several times the row. A round that does not fit
-// goes in bulk.
-MOE_HD int64_t inbox_bytes(const Geometry& g, int64_t image_bytes, int64_t rows, int64_t bulk) {
-  const int64_t row = packet_bytes(image_bytes, kCellData);
-  const int64_t all = g.ep_size * g.max_tokens * row;
-  const int64_t per_peer = rows * row > kInboxPerPeer ? rows * row : kInboxPerPeer;
-  const int64_t cap = min_bytes(kInboxTotal, g.ep_size * per_peer);
+// `bulk` bounds the inbox, at what packets of large rows need: with tiny rows a cell would
+// otherwise cost several times the row. A round that does not fit goes in bulk.
+MOE_HD int64_t inbox_bytes(const Geometry& g, int64_t image_bytes, int64_t bulk) {
+  const int64_t all = g.ep_size * g.max_tokens * packet_bytes(image_bytes, kCellData);
+  const int64_t cap = min_bytes(kInboxTotal, g.ep_size * kInboxPerPeer);
   return min_bytes(min_bytes(all, cap), bulk * 23 / 20 / kLine * kLine);
 }
 
@@ -115,7 +110,7 @@ MOE_HD Layout make_layout(const Geometry& g) {
   const int64_t received = at - layout.region[kPayload].offset;
   place(kCombine, rows * g.combine_bytes);
   layout.committed = at;
-  place(kDispatchInbox, inbox_bytes(g, image_bytes, kPacketTokens, received));
+  place(kDispatchInbox, inbox_bytes(g, image_bytes, received));
   layout.total = at;
   return layout;
 }

@@ -239,7 +239,7 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
         bool here = true;
 #pragma unroll
         for (int u = 0; u < kRun; ++u)
-          here = here && (steps.column(u) >= awaited[r] || Row::written(item[r][u]));
+          here &= (steps.column(u) >= awaited[r]) | Row::written(item[r][u]);
         if (!__all_sync(kAllLanes, here)) missing |= bit(rank[r]);
       }
       if (missing == 0) break;

@@ -124,7 +124,8 @@ struct DispatchLaunch {
   // multiple of. No words where ids go the long way: experts are not shared out evenly, or there
   // are more than 32 ranks.
   int32_t id_words, id_bytes;
-  bool everyone;                  // is active
+  bool everyone;     // is active
+  bool odd_choices;  // rows of ids or weights are not int32 and fp32 in whole chunks of 16 bytes
   FastDivisor by_runs, by_peers;  // the other ranks
   // Warps of a block that send while the others receive, and nanoseconds that these sleep between
   // polls. 0: all warps send, and then all receive.

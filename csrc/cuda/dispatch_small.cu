@@ -133,9 +133,8 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 
 template <class Columns>
 const void* kernel(int run) {
-  return run == 1   ? reinterpret_cast<const void*>(dispatch_small<1, Columns>)
-         : run == 2 ? reinterpret_cast<const void*>(dispatch_small<2, Columns>)
-                    : reinterpret_cast<const void*>(dispatch_small<4, Columns>);
+  return run == 1 ? reinterpret_cast<const void*>(dispatch_small<1, Columns>)
+                  : reinterpret_cast<const void*>(dispatch_small<2, Columns>);
 }
 
 }  // namespace

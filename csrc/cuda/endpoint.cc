@@ -70,11 +70,9 @@ const char* launch(const Endpoint& e, const void* kernel, Grid grid, void* param
 // The last block of a grid has the headers, and rows only where it is alone.
 int movers(int blocks) { return std::max(blocks - 1, 1); }
 
-// Strips that a warp moves in one go: as few as fill the device with sixteen warps a
-// multiprocessor.
+// Strips that a warp moves in one go: one, if there is a warp for each.
 int run_of(const Endpoint& e, int64_t strips) {
-  const int64_t warps = 16 * static_cast<int64_t>(movers(e.blocks));
-  return !e.options.lines || strips <= warps ? 1 : strips <= 2 * warps ? 2 : 4;
+  return !e.options.lines || strips <= 16 * movers(e.blocks) ? 1 : 2;
 }
 
 // A warp for each run, as long as there is room, on as many multiprocessors as there are, `most` a
@@ -106,6 +104,8 @@ bool rows_aligned(const DispatchLaunch& p) {
 void lay_out_ids(DispatchLaunch& p) {
   const int words = p.c.top_k * (p.a.wide_ids ? 2 : 1);
   const uint64_t all = reinterpret_cast<uintptr_t>(p.a.ids.data) | p.a.ids.stride | 4 * words;
+  p.odd_choices =
+      p.a.wide_ids || p.c.top_k % 4 != 0 || !on_chunks(p.a.ids) || !on_chunks(p.a.weights);
   if (p.c.ep_size > 32 || p.c.larger_end != 0 || all % 4 != 0) return;
   p.id_words = words;
   p.id_bytes = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : 4;
@@ -135,9 +135,7 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
   const bool many = columns && takes_many(e, strips, p, run);
   p.runs = static_cast<int32_t>((strips + run - 1) / run);
   const int64_t runs = p.a.max_rows * p.runs;
-  // Runs of four take the registers of two, but where they share the kernel with many columns.
-  Grid grid =
-      many ? packets_grid(e, runs * peers, 16, 512) : packets_grid(e, runs, run == 4 ? 8 : 16);
+  Grid grid = many ? packets_grid(e, runs * peers, 16, 512) : packets_grid(e, runs, 16);
   const int blocks = movers(grid.blocks);
   p.share = static_cast<int32_t>((p.a.tokens * p.runs + blocks - 1) / blocks);
   if (staged) {
@@ -234,7 +232,7 @@ const char* load_kernels() {
     }
   }
   kernels.insert(kernels.end(), staged.begin(), staged.end());
-  for (int run : {1, 2, 4})
+  for (int run : {1, 2})
     for (bool many : {false, true}) kernels.push_back(dispatch_small_kernel(many, run));
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8}) {
     for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32}) {
@@ -324,13 +322,9 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   e.active = a.active;
   lay_out_ids(p);
   p.facts = {kDispatch, static_cast<uint32_t>(a.max_rows), e.format, scale_bits, a.active};
-  // From what all ranks know alike; nobody knows of another rank's rows whether it quantizes them
-  // itself, but on a plain wire it can't.
-  const bool many = (a.deferred || !quantized(a.wire)) && e.options.lines &&
-                    e.geometry.ep_size <= kSmallRanks && a.max_rows <= kManyTokens;
-  const int64_t inbox = e.context.dispatch_peer_bytes;
-  const int64_t room = many ? inbox : std::min(inbox, kInboxPerPeer);
-  const bool packets = a.max_rows * p.pitch <= room && p.image_bytes <= kMostImage;
+  // From what all ranks know alike.
+  const bool packets =
+      a.max_rows * p.pitch <= e.context.dispatch_peer_bytes && p.image_bytes <= kMostImage;
   return packets ? dispatch_in_packets(e, p, stream) : dispatch_in_bulk(e, p, stream);
 }
 

@@ -19,8 +19,8 @@ constexpr int kStepBytes = kWarp * 16;
 
 __device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner, int from,
                                               int slot) {
-  return p.c.window[owner] + p.c.combine +
-         (static_cast<int64_t>(from) * p.c.max_tokens + slot) * p.c.combine_bytes;
+  const uint32_t row = from * p.c.max_tokens + slot;
+  return p.c.window[owner] + p.c.combine + uint64_t{row} * static_cast<uint32_t>(p.c.combine_bytes);
 }
 
 __device__ __forceinline__ void store_ones(uint8_t* at) {
@@ -223,7 +223,7 @@ struct Scaled {
     }
   };
   static __device__ __forceinline__ bool written(const Item& item) {
-    return static_cast<uint32_t>(item.codes.lo) != kUnwritten && item.scales != kUnwritten;
+    return (static_cast<uint32_t>(item.codes.lo) != kUnwritten) & (item.scales != kUnwritten);
   }
 
   // code * scale in fp32, then the add, not fused.
@@ -248,7 +248,8 @@ struct Scaled {
     return u < kRun ? steps.column(0) + u * steps.kColumns - u * kColumns : INT32_MAX;
   }
   static __device__ __forceinline__ uint32_t* word_of(uint8_t* scales, int column) {
-    return reinterpret_cast<uint32_t*>(scales + column / (kWordLanes * kColumns) * 4);
+    return reinterpret_cast<uint32_t*>(scales +
+                                       static_cast<uint32_t>(column) / (kWordLanes * kColumns) * 4);
   }
 };
 

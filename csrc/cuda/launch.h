@@ -1,5 +1,5 @@
 // The kernels, as what cudaLaunchKernelEx takes. Each is one launch of one operation. `run`: strips
-// that a warp moves in one go (1, 2 or 4).
+// that a warp moves in one go, 1 or 2.
 #pragma once
 
 #include "context.h"
@@ -7,12 +7,12 @@
 namespace moe_a2a::cuda {
 
 // Tokens of a rank that dispatch_small takes as few, and those that it takes at all.
-constexpr int kSmallTokens = 128, kManyTokens = kPacketTokens;
+constexpr int kSmallTokens = 128, kManyTokens = 1024;
 constexpr int kSmallRanks = 32;
 // Where a warp would have more runs to receive than kUndividedRuns, kSenders of a block's 16 send
 // and the others receive. kNap: nanoseconds between polls of warps that only wait.
-constexpr int kUndividedRuns = 2, kSenders = 6, kNap = 50;
-constexpr int kDirectSteps = 7;  // of a warp, that are in flight in dispatch_bulk at most
+constexpr int kUndividedRuns = 2, kSenders = 8, kNap = 50;
+constexpr int kDirectSteps = 4;  // of a warp, that are in flight in dispatch_bulk at most
 constexpr int kQuantizedSteps = 4;
 
 // `many`: more than kSmallTokens, or rows to receive for which warps divide the work; 512 threads.

@@ -26,7 +26,20 @@ __device__ __forceinline__ bool aligned(const void* at, int to) {
 // What follows keeps the common case in line and short: a kernel of many instructions spends more
 // time fetching them than a small round takes.
 
+__device__ __forceinline__ bool are_words(const void* at, int count) {
+  return (count & 3) == 0 && aligned(at, 4);
+}
+
+// Up to four words, all in flight at once.
+__device__ __forceinline__ Chunk load_words(const uint8_t* from, int count) {
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = 4 * i < count ? reinterpret_cast<const uint32_t*>(from)[i] : 0;
+  return {w[0] | static_cast<uint64_t>(w[1]) << 32, w[2] | static_cast<uint64_t>(w[3]) << 32};
+}
+
 static __device__ __noinline__ Chunk load_odd_bytes(const uint8_t* from, int count) {
+  if (are_words(from, count)) return load_words(from, count);
   Chunk c{0, 0};
 #pragma unroll 1
   for (int i = count - 1; i >= 0; --i) {
@@ -37,18 +50,19 @@ static __device__ __noinline__ Chunk load_odd_bytes(const uint8_t* from, int cou
 }
 
 static __device__ __noinline__ void store_odd_bytes(uint8_t* to, Chunk c, int count) {
-  const int step = (count & 3) == 0 && aligned(to, 4) ? 4 : 1;
+  if (are_words(to, count)) {
+    const uint32_t w[4] = {static_cast<uint32_t>(c.lo), static_cast<uint32_t>(c.lo >> 32),
+                           static_cast<uint32_t>(c.hi), static_cast<uint32_t>(c.hi >> 32)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (4 * i < count) reinterpret_cast<uint32_t*>(to)[i] = w[i];
+    return;
+  }
 #pragma unroll 1
-  for (int i = 0; i < count; i += step) {
-    if (step == 4) {
-      *reinterpret_cast<uint32_t*>(to + i) = static_cast<uint32_t>(c.lo);
-      c.lo = c.lo >> 32 | c.hi << 32;
-      c.hi >>= 32;
-    } else {
-      to[i] = static_cast<uint8_t>(c.lo);
-      c.lo = c.lo >> 8 | c.hi << 56;
-      c.hi >>= 8;
-    }
+  for (int i = 0; i < count; ++i) {
+    to[i] = static_cast<uint8_t>(c.lo);
+    c.lo = c.lo >> 8 | c.hi << 56;
+    c.hi >>= 8;
   }
 }
 

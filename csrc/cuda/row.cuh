@@ -78,47 +78,60 @@ class Origin {
                        : i == kSegmentIds     ? p.a.ids
                        : i == kSegmentWeights ? p.a.weights
                                               : p.a.extra[i - 4];
-    from_ = rows.row(t) + at;
-    ids_ = p.a.ids.row(t) + at;
-    const bool whole = at + 16 <= p.segment[i].bytes && aligned(from_, 16) &&
-                       (!choices || (!p.a.wide_ids && aligned(ids_, 16)));
-    kind_ = offset >= p.image_bytes ? kNothing
-            : !whole                ? kOdd
-            : i == kSegmentIds      ? kIds
-            : i == kSegmentWeights  ? kWeights
-                                    : kBytes;
-    from_ = hold(from_);
-    ids_ = hold(ids_);
-    kind_ = hold(kind_);
+    const int wide = p.a.wide_ids ? 2 : 1;
+    const int valid = offset >= p.image_bytes ? 0 : min(16, p.segment[i].bytes - at);
+    from_ = hold(rows.row(t) + (i == kSegmentIds ? wide * at : at));
+    ids_ = hold(p.a.ids.row(t) + wide * at);
+    words_ = hold(p.odd_choices && choices ? max(valid, 0) / 4 : 0);
+    kind_ = hold(valid <= 0                          ? kNothing
+                 : choices                           ? kIds + (i == kSegmentWeights)
+                 : valid == 16 && aligned(from_, 16) ? kBytes
+                                                     : kOdd);
   }
   __device__ __forceinline__ void load(const DispatchLaunch& p, int t, int offset) {
-    data_ = words_ = {0, 0};
-    if (kind_ > kOdd) data_ = load_chunk(from_);
-    if (kind_ > kIds) words_ = load_chunk(ids_);
+    data_ = choices_ = {0, 0};
+    const bool chunks = words_ == 0;
+    if (kind_ > kOdd && chunks) data_ = load_chunk(from_);
+    if (kind_ > kIds && chunks) choices_ = load_chunk(ids_);
     if (kind_ == kOdd) data_ = load_odd_image(p, t, offset);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) low_[k] = high_[k] = value_[k] = 0;
+    if (!p.odd_choices) return;
+    const auto* id = reinterpret_cast<const uint32_t*>(ids_);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k < words_) low_[k] = id[p.a.wide_ids ? 2 * k : k];
+      if (k < words_ && p.a.wide_ids) high_[k] = id[2 * k + 1];
+      if (k < words_ && kind_ == kWeights) value_[k] = reinterpret_cast<const uint32_t*>(from_)[k];
+    }
   }
   // A choice that routes nowhere travels as the invalid id with weight 0.
   __device__ __forceinline__ Chunk settle(const DispatchLaunch& p) const {
     if (kind_ < kIds) return data_;
-    const Chunk ids = kind_ == kIds ? data_ : words_;
+    const Chunk ids = words_ > 0      ? chunk_of({low_[0], low_[1], low_[2], low_[3]})
+                      : kind_ == kIds ? data_
+                                      : choices_;
     const uint32_t id[4] = {static_cast<uint32_t>(ids.lo), static_cast<uint32_t>(ids.lo >> 32),
                             static_cast<uint32_t>(ids.hi), static_cast<uint32_t>(ids.hi >> 32)};
     const uint64_t nowhere = kind_ == kIds ? static_cast<uint32_t>(p.c.invalid_id) : 0u;
     constexpr uint64_t kLow = 0xFFFFFFFFu;
-    Chunk c = data_;
-    if (!routed(p, id[0], 0)) c.lo = (c.lo & ~kLow) | nowhere;
-    if (!routed(p, id[1], 0)) c.lo = (c.lo & kLow) | nowhere << 32;
-    if (!routed(p, id[2], 0)) c.hi = (c.hi & ~kLow) | nowhere;
-    if (!routed(p, id[3], 0)) c.hi = (c.hi & kLow) | nowhere << 32;
+    Chunk c = kind_ == kIds ? ids
+              : words_ > 0  ? chunk_of({value_[0], value_[1], value_[2], value_[3]})
+                            : data_;
+    if (!routed(p, id[0], high_[0])) c.lo = (c.lo & ~kLow) | nowhere;
+    if (!routed(p, id[1], high_[1])) c.lo = (c.lo & kLow) | nowhere << 32;
+    if (!routed(p, id[2], high_[2])) c.hi = (c.hi & ~kLow) | nowhere;
+    if (!routed(p, id[3], high_[3])) c.hi = (c.hi & kLow) | nowhere << 32;
     return c;
   }
 
  private:
   enum Kind { kNothing, kOdd, kBytes, kIds, kWeights };
-  int kind_ = kNothing;
+  int kind_ = kNothing, words_ = 0;  // choices that come one by one
   const uint8_t* from_;
   const uint8_t* ids_;
-  Chunk data_, words_;
+  Chunk data_, choices_;
+  uint32_t low_[4], high_[4], value_[4];
 };
 
 // Where `count` bytes of a row's image belong in the window of `owner`; what to put there if the

@@ -73,12 +73,11 @@ def test_size_is_the_formula():
         assert control < 128 * (8 * spec.ep_size + 8), "a few lines per rank"
 
 
-def test_a_dispatch_of_1024_plain_rows_fits_the_inbox():
-    for hidden in (1024, 7168):
-        spec = Spec(2, 256, 8, hidden, 4096)
+def test_the_inbox_holds_2_mib_of_packets_per_peer_at_most():
+    for ranks, tokens, wanted in ((2, 4096, 4 * 2**20), (2, 8, 2 * 8 * 60 * 256), (64, 512, 2**25)):
+        spec = Spec(ranks, 256, 8, 7168, tokens)
         inbox = {name: nbytes for name, _, nbytes in spec.workspace()}["dispatch_inbox"]
-        cells = -(-(2 * hidden + 2 * 4 * 8) // 240)
-        assert inbox == 2 * max(2**21, 1024 * cells * 256)
+        assert inbox == wanted
 
 
 def test_the_table_prints():
