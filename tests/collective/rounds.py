@@ -71,6 +71,7 @@ class Round:
     wide_ids: bool = False
     strided: bool = False
     specials: bool = False  # NaN, infinities, subnormals in x and y
+    ones: bool = False  # NaN whose bits are all ones in y: elements, words and chunks of 16 bytes
     memory: str = "own"  # of y and out: own, buffer, strided
     active: tuple[bool, ...] | None = None
     global_scale: float | None = None
@@ -152,7 +153,12 @@ def output_dtype(case: Case, rnd: Round) -> str:
 def outputs_of(case: Case, rnd: Round, rank: int) -> np.ndarray:
     """y of `rank`: float32 [W, R, H]."""
     shape = (case.size, max_rows(case, rnd), case.hidden)
-    return values(case, rnd, number_generator(case, rnd, rank, 2), shape, output_dtype(case, rnd))
+    y = values(case, rnd, number_generator(case, rnd, rank, 2), shape, output_dtype(case, rnd))
+    rng = number_generator(case, rnd, rank, 3)
+    for width in (1, 2, 4, 8) if rnd.ones else ():
+        ones = rng.random((*shape[:2], case.hidden // width)) < 0.04
+        y = np.where(ones.repeat(width, -1), np.float32(np.nan), y)
+    return y
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
@@ -302,6 +308,8 @@ def answers(case: Case, rnd: Round, rank: int, counts: list[int]) -> torch.Tenso
     y = floats(outputs_of(case, rnd, rank), output_dtype(case, rnd))
     for source, count in enumerate(counts):
         y[source, count:] = torch.nan
+    if rnd.ones:
+        y.view(torch.int32 if y.dtype == torch.float32 else torch.int16)[y.isnan()] = -1
     return y
 
 

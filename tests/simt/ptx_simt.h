@@ -29,7 +29,9 @@ inline Chunk load_relaxed_sys(const Chunk* at) {
   return c;
 }
 inline Chunk load_acquire_sys(const Chunk* at) { return load_relaxed_sys(at); }
-inline void store_relaxed_sys(Chunk* at, const Chunk& c) { simt::store_packet(at, c.lo, c.hi); }
+inline void store_relaxed_sys(Chunk* at, const Chunk& c) {
+  simt::store_relaxed(at, c.lo, c.hi, true);
+}
 inline uint32_t load_acquire_sys(const uint32_t* at) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
@@ -37,34 +39,19 @@ inline uint64_t load_acquire_sys(const uint64_t* at) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
 inline void store_release_sys(uint32_t* at, uint32_t v) {
-  simt::show_stores();
+  simt::fence();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);
 }
 inline uint32_t load_relaxed_sys(const uint32_t* at) { return load_acquire_sys(at); }
-inline void store_relaxed_sys(uint32_t* at, uint32_t v) {
-  __atomic_store_n(at, v, __ATOMIC_RELAXED);
-}
+inline void store_relaxed_sys(uint32_t* at, uint32_t v) { simt::store_relaxed(at, v, 0, false); }
 inline void add_release_sys(uint32_t* at, uint32_t v) {
-  simt::show_stores();
+  simt::fence();
   __atomic_fetch_add(at, v, __ATOMIC_RELEASE);
 }
 inline uint32_t count_up(uint32_t* at) { return atomicAdd(at, 1u); }
 inline void fence_acq_rel_sys() {
-  simt::show_stores();
+  simt::fence();
   std::atomic_thread_fence(std::memory_order_acq_rel);
-}
-// Weak stores get to other devices no earlier than the memory model promises.
-template <class T>
-inline void store_weak(uint8_t* at, const T& v) {
-  simt::store_weak(at, &v, sizeof(T));
-}
-inline void store_release_block(uint32_t* at, uint32_t v) {
-  simt::release_stores();
-  *at = v;
-}
-inline uint32_t load_acquire_block(const uint32_t* at) {
-  simt::yield();
-  return *at;
 }
 
 inline uint4 load_once(const uint4* at) { return *at; }

@@ -1,9 +1,13 @@
 // Runs the blocks of a kernel: all of them at once, since they may wait for each other, a warp
 // after the other, and of a warp the last lane first.
 //
-// Packets are stored when all lanes of the warp have had their turn, from the first lane on, while
-// they are loaded from the last lane on. A line's tag is in its last lane: it is stored after the
-// line's data and loaded before them, as if a line were one access.
+// Stores to windows get there late. Relaxed ones, each by itself, when the warp has had this turn
+// or a later one, as a draw decides: so in any order, but before a fence of their warp is over.
+// Plain ones of 16 bytes when the memory model says that they must: once a barrier of the block has
+// put them before a fence or a release for the system. All of them when the kernel ends.
+//
+// Where lines are relied on, one is as good as one access: it is drawn as a whole, and it is stored
+// from the first lane on, but loaded from the last one on, which has the tag.
 #include "simt.h"
 
 #undef threadIdx
@@ -22,6 +26,8 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/context.h"
+
 namespace simt {
 
 Index thread_index, block_index, block_size, grid_size;
@@ -31,23 +37,19 @@ namespace {
 constexpr size_t kStack = 64 << 10;
 constexpr unsigned kLanes = 32;
 
-struct Packet {
-  __m128i* at;
-  uint64_t lo, hi;
-};
-
-struct Weak {
+struct Store {
   void* at;
-  size_t bytes;
-  uint8_t data[16];
+  uint64_t lo, hi;
+  bool wide;  // 16 bytes, else 4
 };
 
 struct Warp {
   uint64_t value[2][kLanes];
   Kind kind = kShuffle;
   unsigned arrived = 0, alive = kLanes, generation = 0;
-  std::vector<Packet> packets[kLanes];
-  std::vector<Weak> stored;
+  std::vector<Store> relaxed[kLanes];  // in this turn
+  std::vector<Store> late;             // relaxed, on their way
+  std::vector<Store> plain;            // before no barrier yet
 };
 
 struct Block {
@@ -56,7 +58,7 @@ struct Block {
   unsigned arrived = 0, alive = 0, generation = 0;
   std::map<const void*, std::unique_ptr<uint8_t[]>> shared;
   std::vector<uint8_t> dynamic;
-  std::vector<Weak> released;
+  std::vector<Store> plain;  // before a barrier
 };
 
 struct Fiber {
@@ -113,8 +115,6 @@ void complete(Block& b) {
 void body() {
   kernel(params);
   Fiber& f = *running;
-  release_stores();
-  if (f.block->alive == 1) show_stores();
   f.done = true;
   Warp& w = *f.warp;
   if (--w.alive != 0 && w.arrived == w.alive) complete(w);
@@ -153,15 +153,69 @@ uint8_t* stacks_of(unsigned threads) {
   return kept;
 }
 
-void flush(Warp& w) {
-  for (auto& lane : w.packets) {
-    for (const Packet& p : lane) {
-      std::atomic_thread_fence(std::memory_order_release);
-      _mm_store_si128(p.at,
-                      _mm_set_epi64x(static_cast<long long>(p.hi), static_cast<long long>(p.lo)));
-    }
+// ---- stores on their way ----------------------------------------------------------------------
+
+uint64_t draw() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005 + 1442695040888963407;
+  return state >> 32;
+}
+
+// Where in whose window; negative where in none.
+int64_t window_offset(const void* at) {
+  const auto& c = *static_cast<const moe_a2a::cuda::Context*>(params);  // first in either launch
+  const int64_t bytes = c.dispatch_inbox + c.ep_size * c.dispatch_peer_bytes;
+  for (int r = 0; r < c.ep_size; ++r) {
+    const int64_t offset = static_cast<const uint8_t*>(at) - c.window[r];
+    if (offset >= 0 && offset < bytes) return offset;
+  }
+  return -1;
+}
+
+// Stores of the same unit get to a window together.
+uint64_t unit_of(const Store& s) {
+  const auto& c = *static_cast<const moe_a2a::cuda::Context*>(params);
+  const bool line = !c.strict && window_offset(s.at) >= c.dispatch_inbox;
+  return reinterpret_cast<uintptr_t>(s.at) / (line ? moe_a2a::kLine : 4);
+}
+
+void show(const Store& s) {
+  std::atomic_thread_fence(std::memory_order_release);
+  if (s.wide)
+    _mm_store_si128(static_cast<__m128i*>(s.at),
+                    _mm_set_epi64x(static_cast<long long>(s.hi), static_cast<long long>(s.lo)));
+  else
+    __atomic_store_n(static_cast<uint32_t*>(s.at), static_cast<uint32_t>(s.lo), __ATOMIC_RELAXED);
+}
+
+void show_all(std::vector<Store>& stores) {
+  for (const Store& s : stores) show(s);
+  stores.clear();
+}
+
+// About half of the units, then perhaps the others.
+void show_some(Warp& w, bool all) {
+  for (auto& lane : w.relaxed) {
+    w.late.insert(w.late.end(), lane.begin(), lane.end());
     lane.clear();
   }
+  if (w.late.empty()) return;
+  const uint64_t salt = draw();
+  size_t kept = 0;
+  for (const Store& s : w.late) {
+    if ((unit_of(s) + salt) * 0x9E3779B97F4A7C15 >> 63 != 0)
+      show(s);
+    else
+      w.late[kept++] = s;
+  }
+  w.late.resize(kept);
+  if (all || draw() % 2 == 0) show_all(w.late);
+}
+
+// A thread's plain stores come before the barrier that it is at.
+void pass_on(Warp& w, Block& b) {
+  b.plain.insert(b.plain.end(), w.plain.begin(), w.plain.end());
+  w.plain.clear();
 }
 
 }  // namespace
@@ -184,6 +238,7 @@ const uint64_t* exchange(Kind kind, uint64_t value) {
 
 void block_barrier() {
   Block& b = *running->block;
+  pass_on(*running->warp, b);
   const unsigned mine = b.generation;
   if (++b.arrived == b.alive) complete(b);
   do yield();
@@ -201,27 +256,25 @@ void* shared(const void* key, size_t bytes) {
 
 void* dynamic_shared() { return running->block->dynamic.data(); }
 
-void store_weak(void* at, const void* from, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(at) % bytes != 0) die("a store is not aligned");
-  Weak weak{at, bytes, {}};
-  std::memcpy(weak.data, from, bytes);
-  running->warp->stored.push_back(weak);
+void store_relaxed(void* at, uint64_t lo, uint64_t hi, bool wide) {
+  running->warp->relaxed[lane()].push_back({at, lo, hi, wide});
 }
 
-void release_stores() {
-  std::vector<Weak>&from = running->warp->stored, &to = running->block->released;
-  to.insert(to.end(), from.begin(), from.end());
-  from.clear();
+void store_plain(void* at, uint64_t lo, uint64_t hi) {
+  const Store s{at, lo, hi, true};
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) die("a store is not aligned");
+  if (window_offset(at) < 0)
+    show(s);
+  else
+    running->warp->plain.push_back(s);
 }
 
-void show_stores() {
-  release_stores();
-  for (const Weak& w : running->block->released) std::memcpy(w.at, w.data, w.bytes);
-  running->block->released.clear();
-}
-
-void store_packet(void* at, uint64_t lo, uint64_t hi) {
-  running->warp->packets[lane()].push_back({static_cast<__m128i*>(at), lo, hi});
+void fence() {
+  Warp& w = *running->warp;
+  show_all(w.late);
+  show_all(w.relaxed[lane()]);
+  pass_on(w, *running->block);
+  show_all(running->block->plain);
 }
 
 }  // namespace simt
@@ -257,9 +310,16 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
         resume(f);
         left -= f.done;
       }
-      flush(*fibers[warp].warp);
+      show_some(*fibers[warp].warp, false);
     }
     if (left != 0) sched_yield();
+  }
+  for (Block& b : blocks) {
+    show_all(b.plain);
+    for (Warp& w : b.warps) {
+      show_all(w.plain);
+      show_some(w, true);
+    }
   }
   return 0;
 }

@@ -1,8 +1,9 @@
 // CUDA's language on the CPU, so that the kernels of csrc/cuda run, and are tested, without a GPU.
 //
 // A thread of a kernel is a fiber. What a warp does together (shuffles, votes) waits until all its
-// threads have come to it, and says so if they come to different ones. Nothing is said about speed,
-// and little about memory order: that is for the model of the protocol, and for a GPU.
+// threads have come to it, and says so if they come to different ones. Nothing is said about speed.
+// Of memory order, that what other ranks see comes late and in any order (simt.cc); the rest is for
+// a GPU.
 #pragma once
 
 #include <algorithm>
@@ -37,12 +38,11 @@ const uint64_t* exchange(Kind kind, uint64_t value);
 void block_barrier();
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
-void store_packet(void* at, uint64_t lo, uint64_t hi);
-// What a warp stores in this way is seen by nobody before one of its lanes has released it to the
-// block, and after that a thread of the block has fenced, or released, for the system.
-void store_weak(void* at, const void* from, size_t bytes);
-void release_stores();
-void show_stores();
+// What is stored in these ways is seen late: simt.cc.
+void store_relaxed(void* at, uint64_t lo, uint64_t hi, bool wide);
+void store_plain(void* at, uint64_t lo, uint64_t hi);
+// At system scope.
+void fence();
 
 template <class T>
 uint64_t bits(T value) {
@@ -88,8 +88,10 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+// What kernels store 16 bytes by.
 struct ulonglong2 {
   unsigned long long x, y;
+  void operator=(const ulonglong2& v) { simt::store_plain(this, v.x, v.y); }
 };
 inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) { return {x, y}; }
 
