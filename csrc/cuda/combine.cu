@@ -60,7 +60,6 @@ struct Slots {
     if (lane + kWarp < c.ep_size) slots.high = row[lane + kWarp];
     return slots;
   }
-  __device__ __forceinline__ bool has(int rank) const { return (ranks >> rank & 1) != 0; }
   // The whole warp.
   __device__ __forceinline__ int of(int rank) const {
     return __shfl_sync(kAllLanes, rank < kWarp ? low : high, rank % kWarp);

@@ -96,7 +96,7 @@ struct Context {
   int64_t dispatch_peer_bytes;  // of an inbox, for one source
   int64_t timeout_ns, combine_bytes;
   int32_t ep_size, rank, num_experts, top_k, hidden, padded, max_tokens, num_extras;
-  int32_t invalid_id, wire, combine_wire;
+  int32_t invalid_id;
   int32_t larger_end;  // experts below it live on ranks that own one more than the others
   int32_t larger_ranks;
   ExpertDivisor larger, smaller;  // experts per rank; there are fewer than 2^15

@@ -286,8 +286,6 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
   c.max_tokens = static_cast<int32_t>(e.geometry.max_tokens);
   c.num_extras = static_cast<int32_t>(e.geometry.num_extras);
   c.invalid_id = e.shape.invalid_id;
-  c.wire = e.shape.wire;
-  c.combine_wire = e.shape.combine_wire;
   c.scrub_all = e.shape.scrub_all;
   c.debug = e.shape.debug;
   c.strict = !e.options.lines;

@@ -46,7 +46,8 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
                             uint32_t scale_bits, cudaStream_t stream);
 const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t stream);
 
-// A new generation: control and inboxes cleared, nothing of an old one counts. Returns when done.
+// A new generation: nothing of an old one counts. Control and the inbox of dispatch are cleared,
+// that of combine is all ones. Returns when done.
 const char* restart(Endpoint& e, uint32_t epoch, uint32_t generation, uint32_t round,
                     cudaStream_t stream);
 

@@ -77,12 +77,6 @@ __device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* at) {
   return v;
 }
 
-__device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* at) {
-  uint64_t v;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(at) : "memory");
-  return v;
-}
-
 __device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* at) {
   uint32_t v;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");

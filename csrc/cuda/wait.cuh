@@ -42,12 +42,12 @@ __device__ __forceinline__ Chunk* header_line(const Context& c, Phase phase, int
 }
 
 // By it a peer knows that this rank's earlier operations are over: it may then write where they
-// read. In bulk the same warp fences at system scope before, which makes the header a release. In
-// packets it does so only where the memory model is taken at its word (c.strict): that fence takes
-// 0.6 us, longer than the way to the first packet, and what it orders are accesses of kernels
-// before this one to memory of this GPU. Those were performed, in its own L2, when
-// wait_for_earlier_kernels() returned (and at the kernel's start, where there is no early launch);
-// what a peer writes comes to the same L2, and later than the header.
+// read. In a dispatch in bulk the same warp fences at system scope before, which makes the header a
+// release. In packets, and in combine, it does so only where the memory model is taken at its word
+// (c.strict): that fence takes 0.6 us, longer than the way to the first packet, and what it orders
+// are accesses of kernels before this one to memory of this GPU. Those were performed, in its own
+// L2, when wait_for_earlier_kernels() returned (and at the kernel's start, where there is no early
+// launch); what a peer writes comes to the same L2, and later than the header.
 __device__ __forceinline__ void send_header(const Context& c, uint64_t tag, const RoundFacts& f,
                                             int to, int count) {
   Chunk* line = header_line(c, static_cast<Phase>(f.phase), to, c.rank);

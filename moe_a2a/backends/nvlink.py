@@ -39,8 +39,9 @@ class Nvlink:
 
     name: ClassVar[str] = "nvlink"
     device_types: ClassVar[tuple[str, ...]] = ("cuda",)
-    # Low-latency packets as 128-byte lines, which NVLink delivers whole; else of 16 bytes, as the
-    # memory model promises. Equal on all ranks.
+    # Packets of dispatch as 128-byte lines, which NVLink delivers whole, and headers without a
+    # fence; else nothing but what the memory model promises: packets of 16 bytes, and the fence.
+    # Rows of a combine rest on no lines either way. Equal on all ranks.
     lines: ClassVar[bool] = True
 
     @staticmethod

@@ -35,9 +35,6 @@ inline void store_relaxed_sys(Chunk* at, const Chunk& c) {
 inline uint32_t load_acquire_sys(const uint32_t* at) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
-inline uint64_t load_acquire_sys(const uint64_t* at) {
-  return __atomic_load_n(at, __ATOMIC_ACQUIRE);
-}
 inline void store_release_sys(uint32_t* at, uint32_t v) {
   simt::fence();
   __atomic_store_n(at, v, __ATOMIC_RELEASE);

@@ -111,10 +111,6 @@ T __shfl_up_sync(unsigned, T v, int step) {
 inline unsigned __ballot_sync(unsigned, bool v) { return simt::vote(v); }
 inline bool __any_sync(unsigned, bool v) { return simt::vote(v) != 0; }
 inline bool __all_sync(unsigned, bool v) { return simt::vote(v) == ~0u; }
-inline uint32_t __reduce_min_sync(unsigned, uint32_t v) {
-  const uint64_t* all = simt::exchange(simt::kReduce, v);
-  return static_cast<uint32_t>(*std::min_element(all, all + 32));
-}
 inline uint32_t __reduce_max_sync(unsigned, uint32_t v) {
   const uint64_t* all = simt::exchange(simt::kReduce, v);
   return static_cast<uint32_t>(*std::max_element(all, all + 32));
@@ -133,7 +129,6 @@ inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __ffsll(uint64_t v) { return __builtin_ffsll(static_cast<long long>(v)); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
 inline uint32_t __float_as_uint(float v) { return static_cast<uint32_t>(simt::bits(v)); }
 inline float __uint_as_float(uint32_t v) { return simt::value<float>(v); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
@@ -149,7 +144,6 @@ inline float __frcp_rn(float v) { return 1.0f / v; }
 inline uint32_t atomicExch(uint32_t* at, uint32_t v) { return std::exchange(*at, v); }
 inline uint32_t atomicAdd(uint32_t* at, uint32_t v) { return std::exchange(*at, *at + v); }
 inline void atomicMax(uint32_t* at, uint32_t v) { *at = std::max(*at, v); }
-inline void atomicOr(uint32_t* at, uint32_t v) { *at |= v; }
 
 template <class T>
 T min(T a, T b) {

@@ -376,7 +376,7 @@ def one_does_not_combine(ranks, back):
         torch.distributed.barrier(ranks.group)
         a2a.reset()
         for late in range(3):
-            play_late(a2a, ranks, case, Round(late), late)
+            play_late(a2a, ranks, case, Round(late, tokens=(8,)), late)
 
 
 def inputs(case, rows):
