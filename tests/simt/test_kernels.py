@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import time
-
 import pytest
 import torch
 
 from moe_a2a import AllToAll
 from moe_a2a.errors import PeerTimeout, StateError
 from moe_a2a.spec import COMBINE_WIRES
-from tests.collective.rounds import (
-    Case,
-    Round,
-    experts,
-    opened,
-    play,
-    play_rounds,
-    same_values,
-    send,
-    sums_of,
-    tokens_of,
-)
+from tests.collective.rounds import Case, Round, play
 from tests.oracle_formats import WIRES
-from tests.simt.backend import library, register
-from tests.simt.build import supported
+from tests.simt.backend import register
+from tests.simt.playing import KINDS, NEEDS, inputs, limited, on_a_device, play_case
 
-pytestmark = pytest.mark.skipif(not supported(), reason="fibers are switched in x86-64 assembly")
-KINDS = ("simt", "simt16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    library()
-
-
-def play_case(ranks, kind, case, rounds, **options):
-    """A rank function."""
-    register()
-    return play_rounds(ranks, kind, case, rounds, **options)
+pytestmark = NEEDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wire", WIRES)
-def test_every_wire_in_packets_and_in_bulk(pool, wire, kind):
+def test_every_wire_there_and_back(pool, wire, kind):
     rounds = [Round(1), Round(2, specials=True, output="fp16", rows=2), Round(3, rows=1)]
     for back in COMBINE_WIRES:
         case = Case(2, wire=wire, combine_wire=back, capacity=12)
@@ -135,94 +109,11 @@ def test_any_grid(pool, blocks):
         pool.run(limited, blocks, case, rounds, ranks=2)
 
 
-def limited(ranks, blocks, case, rounds):
-    return play_case(ranks, "simt", case, rounds, max_blocks=blocks)
-
-
 @pytest.mark.parametrize(("wire", "back"), [("bf16", "bf16"), ("nvfp4", "mxfp8")])
 def test_rows_of_a_real_model(pool, wire, back):
     case = Case(2, experts=256, top_k=8, hidden=7168, capacity=3, wire=wire, combine_wire=back)
     rounds = [Round(1, rows=rows) for rows in (3, 1, 2)]
     pool.run(play_case, "simt", case, rounds, ranks=2)
-
-
-@pytest.mark.parametrize("back", COMBINE_WIRES)
-def test_combine_of_rows_of_several_runs(pool, back):
-    """Few tokens, but R of a large round: some warps push, in longer runs than the others sum."""
-    case = Case(2, experts=4, top_k=3, hidden=17536, capacity=120, combine_wire=back)
-    rounds = [
-        Round(1, tokens=(9, 2), rows=120),
-        Round(2, tokens=(1, 7), rows=120, memory="strided"),
-    ]
-    pool.run(play_case, "simt", case, rounds, ranks=2)
-
-
-@pytest.mark.parametrize("back", COMBINE_WIRES)
-def test_combine_on_any_grid(pool, back):
-    """Three ranks, sources with unlike numbers of rows; y at odd addresses. One block: all push,
-    then sum. More: some warps push, the last units come from a counter."""
-    case = Case(3, experts=6, top_k=2, hidden=640, capacity=60, combine_wire=back)
-    rounds = [Round(n, tokens=(37, 3, 60), memory=("own", "strided")[n]) for n in range(2)]
-    for blocks in (1, 2, 3):
-        pool.run(on_a_device, 3 * blocks, "simt", case, rounds, ranks=3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("back", COMBINE_WIRES)
-def test_rows_that_look_like_none(pool, back, kind):
-    """NaN whose bits are all ones, as in an inbox before a row has come; the rest is right."""
-    rounds = [
-        Round(1, ones=True),
-        Round(2, ones=True, rows=3, output="fp16"),
-        Round(3, ones=True, memory="strided", output="fp32"),
-        Round(4),
-    ]
-    case = Case(2, top_k=3, hidden=640, capacity=50, combine_wire=back)
-    pool.run(play_case, kind, case, rounds, ranks=2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("back", COMBINE_WIRES)
-def test_places_of_an_inbox_are_written_again(pool, back, kind):
-    """Rounds of all sizes over the same rows; in each another rank is late with its rows, so that
-    the others look where those of the round before were."""
-    many = Case(8, experts=16, top_k=8, hidden=128, capacity=24, combine_wire=back)
-    few = Case(3, experts=6, top_k=4, hidden=640, capacity=40, combine_wire=back)
-    rounds = [
-        Round(n, rows=rows, ones=n % 3 == 0, specials=n % 3 == 1)
-        for n, rows in enumerate((24, 1, 23, 24, 2, 7, 24, 3))
-    ]
-    pool.run(late_in_turn, kind, many, rounds, ranks=8)
-    pool.run(on_a_device, 6, kind, few, [Round(9), *rounds, Round(10)], late_in_turn, ranks=3)
-
-
-def late_in_turn(ranks, kind, case, rounds):
-    register()
-    with opened(ranks, kind, case) as a2a:
-        for number, rnd in enumerate(rounds):
-            play_late(a2a, ranks, case, rnd, number % case.size)
-
-
-def play_late(a2a, ranks, case, rnd, late):
-    """A round's sums; rank `late` waits before its combine until the others are in theirs."""
-    mine = tokens_of(case, rnd, ranks.rank)
-    recv = send(a2a, case, rnd, mine)
-    a2a.check()
-    y = experts(a2a, case, rnd, ranks.rank, recv)
-    if ranks.rank == late:
-        time.sleep(0.01)
-    out = a2a.combine(y)
-    a2a.check()
-    same_values(f"combine of {rnd}", out, sums_of(case, rnd, ranks.rank, mine))
-
-
-def on_a_device(ranks, multiprocessors, kind, case, rounds, played=play_case):
-    """Of so many multiprocessors, which the ranks divide between them."""
-    os.environ["MOE_SIMT_MULTIPROCESSORS"] = str(multiprocessors)
-    try:
-        return played(ranks, kind, case, rounds)
-    finally:
-        del os.environ["MOE_SIMT_MULTIPROCESSORS"]
 
 
 # Rounds of up to 1,024 tokens whose rows are not quantized: in packets, though they are large.
@@ -351,38 +242,6 @@ def one_stays_away(ranks):
             torch.distributed.barrier(ranks.group)
             a2a.reset()
             play(a2a, ranks, case, Round(2, rows=rows))
-
-
-@pytest.mark.parametrize("back", ["bf16", "mxfp8"])
-def test_a_rank_that_does_not_combine_is_named_and_nothing_of_the_round_is_left(pool, back):
-    pool.run(one_does_not_combine, back, ranks=3)
-
-
-def one_does_not_combine(ranks, back):
-    """Rows of expert 3, which rank 1 owns, are waited for; of those of rank 2, with expert 7, some
-    are read, and the others lie in the inboxes when the round has failed, as do all of rank 1."""
-    register()
-    case = Case(3, capacity=8, combine_wire=back)
-    with AllToAll(case.spec(), ranks.group, backend="simt", timeout=1) as a2a:
-        x, ids, weights = inputs(case, 8)
-        ids[::2, 0] = 3
-        ids[:, 1] = 7
-        a2a.dispatch(x, ids, weights)
-        if ranks.rank != 1:
-            a2a.combine(torch.full((3, 8, case.hidden), 77.0, dtype=torch.bfloat16))
-            with pytest.raises(PeerTimeout) as caught:
-                a2a.check()
-            assert (caught.value.ranks, caught.value.phase) == ((1,), "combine")
-        torch.distributed.barrier(ranks.group)
-        a2a.reset()
-        for late in range(3):
-            play_late(a2a, ranks, case, Round(late, tokens=(8,)), late)
-
-
-def inputs(case, rows):
-    x = torch.zeros(rows, case.hidden, dtype=torch.bfloat16)
-    ids = torch.zeros(rows, case.top_k, dtype=torch.int32)
-    return x, ids, torch.ones(rows, case.top_k)
 
 
 def test_ranks_that_disagree_both_hear_of_it(pool):
