@@ -141,7 +141,7 @@ class Sequence {
       : index_(share.first),
         stride_(share.stride),
         fixed_(p.pushers == 0 ? kNothing : total / 4 * 3 / share.stride),
-        dealt_from_((fixed_ + 1) * share.stride) {
+        dealt_from_(p.pushers == 0 ? 0 : (fixed_ + 1) * share.stride) {
     ask(p);
   }
   __device__ __forceinline__ int index() const { return index_; }

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner,
 }
 
 __device__ __forceinline__ void store_ones(uint8_t* at) {
-  *reinterpret_cast<ulonglong2*>(at) = make_ulonglong2(~uint64_t{0}, ~uint64_t{0});
+  store_relaxed_sys(reinterpret_cast<Chunk*>(at), {~uint64_t{0}, ~uint64_t{0}});
 }
 
 // The steps of a row that a warp moves in one go; of this lane in each, its first column and where
@@ -219,7 +219,7 @@ struct Scaled {
       for (int u = 0; u < kRun; ++u)
         if (steps.column(u) < end) store_ones(codes + u * kStepBytes);
       const int at = column_of_word(steps);
-      if (at < end) *word_of(scales, at) = kUnwritten;
+      if (at < end) store_relaxed_sys(word_of(scales, at), kUnwritten);
     }
   };
   static __device__ __forceinline__ bool written(const Item& item) {
