@@ -115,8 +115,11 @@ struct Outgoing {
     load_run<Row, kRun>(p, row, steps, data);
   }
   __device__ __forceinline__ void send(const CombineLaunch& p,
-                                       Chunk (&data)[kRun][Row::kChunks]) const {
-    Row::template send<kRun>(p, inbox, steps, data);
+                                       const Chunk (&data)[kRun][Row::kChunks]) const {
+    typename Row::Item item[kRun];
+#pragma unroll
+    for (int u = 0; u < kRun; ++u) item[u] = Row::encode(data[u]);
+    Row::template send<kRun>(p, inbox, steps, item);
   }
 
  private:
@@ -225,7 +228,7 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
         loaded[r] = 0;
       }
     }
-    Arriving arriving[kAhead] = {Arriving(p, row[0], steps), Arriving(p, row[1], steps)};
+    const Arriving arriving[kAhead] = {Arriving(p, row[0], steps), Arriving(p, row[1], steps)};
     for (;;) {
       uint64_t missing = 0;
 #pragma unroll
@@ -242,19 +245,12 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
       if (p.pushers != 0) __nanosleep(p.nap);  // hundreds of warps poll while rows arrive
       if (!keep_waiting(p.c, p.facts, op, wait, missing)) return false;
     }
-    // The first of what is left, and all others move up: where that is not unrolled, the loop is
-    // short, and long code takes longer to fetch than to execute.
-#pragma unroll Row::kRanksAtOnce
+#pragma unroll
     for (int r = 0; r < kAhead; ++r) {
-      if (rank[0] < 0) break;
-      arriving[0].clear(steps, awaited[0]);
+      if (rank[r] < 0) break;
+      arriving[r].clear(steps, awaited[r]);
 #pragma unroll
-      for (int u = 0; u < kRun; ++u) Row::add(item[0][u], sum[u]);
-      rank[0] = rank[1];
-      awaited[0] = awaited[1];
-      arriving[0] = arriving[1];
-#pragma unroll
-      for (int u = 0; u < kRun; ++u) item[0][u] = item[1][u];
+      for (int u = 0; u < kRun; ++u) Row::add(item[r][u], sum[u]);
     }
   }
   constexpr int kItem = kItemBytes<kScalar>;

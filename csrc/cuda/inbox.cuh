@@ -58,7 +58,6 @@ struct Plain {
   static constexpr int kChunks = 1;                          // that they take in y
   // A rank's own rows are summed where they lie in y: chunk for chunk as in an inbox.
   static constexpr bool kOwnInPlace = true;
-  static constexpr int kRanksAtOnce = 2;  // that the code of a sum is for
   struct Item {
     Chunk data{0, 0};
   };
@@ -72,15 +71,17 @@ struct Plain {
       if (steps.column(u) < end) item[u].data = load_odd_bytes(row + steps.chunk(u), 16);
   }
 
+  static __device__ __forceinline__ Item encode(const Chunk (&y)[kChunks]) { return {y[0]}; }
+
   template <int kRun>
   static __device__ __forceinline__ void send(const CombineLaunch& p, uint8_t* row,
                                               const Steps<Plain, kRun>& steps,
-                                              const Chunk (&y)[kRun][kChunks]) {
+                                              const Item (&item)[kRun]) {
     constexpr uint32_t kSigns = kScalar == kScalarFp32 ? 0x80000000u : 0x80008000u;
     uint8_t* to = row + steps.chunk(0);
 #pragma unroll
     for (int u = 0; u < kRun; ++u) {
-      Chunk data = y[u][0];
+      Chunk data = item[u].data;
       if (static_cast<uint32_t>(data.lo) == kUnwritten) data.lo ^= kSigns;
       if (steps.column(u) < p.c.hidden)
         store_relaxed_sys(reinterpret_cast<Chunk*>(to + u * kStepBytes), data);
@@ -142,7 +143,6 @@ struct Scaled {
   static constexpr int kWordLanes = 8;
   // A rank's own rows take the same way as all others, so that results do not depend on placement.
   static constexpr bool kOwnInPlace = false;
-  static constexpr int kRanksAtOnce = 1, kStepsAtOnce = 2;
   struct Item {
     Chunk codes{0, 0};
     uint32_t scales = 0;
@@ -178,24 +178,21 @@ struct Scaled {
   }
 
   // Words of a run lie side by side: each of the lanes that have one in common stores that of
-  // another step. Uses up y: see sum_run() for what moves up, and why.
+  // another step.
   template <int kRun>
   static __device__ __forceinline__ void send(const CombineLaunch& p, uint8_t* row,
                                               const Steps<Scaled, kRun>& steps,
-                                              Chunk (&y)[kRun][kChunks]) {
+                                              const Item (&item)[kRun]) {
     static_assert(kRun <= kWordLanes);
     uint8_t* to = row + steps.chunk(0);
     uint32_t word = 0;
-#pragma unroll kStepsAtOnce
+#pragma unroll
     for (int u = 0; u < kRun; ++u) {
-      const Item item = encode(y[0]);
       if (steps.column(u) < p.c.hidden)
-        store_relaxed_sys(reinterpret_cast<Chunk*>(to + u * kStepBytes), item.codes);
-      if (steps.lane() % kWordLanes == u) word = item.scales;
-#pragma unroll
-      for (int v = 1; v < kRun; ++v)
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i) y[v - 1][i] = y[v][i];
+        store_relaxed_sys(reinterpret_cast<Chunk*>(to + u * kStepBytes), item[u].codes);
+      // Held, or the compiler makes memory of the registers to pick one by its index.
+      const int own = hold(static_cast<int>(item[u].scales));
+      if (steps.lane() % kWordLanes == u) word = static_cast<uint32_t>(own);
     }
     const int at = column_of_word(steps);
     if (at < p.c.hidden) store_relaxed_sys(word_of(row + p.c.hidden, at), word);

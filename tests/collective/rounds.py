@@ -336,7 +336,7 @@ def sums_of(case: Case, rnd: Round, rank: int, mine: oracle.Tokens) -> np.ndarra
 
 
 def opened(ranks: RankContext, backend: str, case: Case, **options) -> AllToAll:
-    options = {"timeout": 20, "device": place_of(ranks, backend)} | options
+    options = {"timeout": 40, "device": place_of(ranks, backend)} | options
     return AllToAll(case.spec(), ranks.group, backend=backend, **options)
 
 

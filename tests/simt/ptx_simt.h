@@ -9,6 +9,11 @@
 
 namespace moe_a2a::cuda {
 
+// As the instructions have it: any NaN is passed over, also a signalling one, of which glibc's
+// functions make a NaN.
+inline float fmaxf(float a, float b) { return a != a ? b : b != b ? a : a > b ? a : b; }
+inline float fminf(float a, float b) { return a != a ? b : b != b ? a : a < b ? a : b; }
+
 inline void wait_for_earlier_kernels() {}
 inline void allow_next_kernel() {}
 template <class T>
