@@ -19,7 +19,7 @@ from moe_a2a.backends.base import DispatchCall, Opening
 from moe_a2a.checks import Rules
 from moe_a2a.errors import MoeA2AError, PayloadError, PeerTimeout, StateError
 from moe_a2a.group import Group
-from moe_a2a.outputs import Counts, Outputs
+from moe_a2a.outputs import Outputs
 from moe_a2a.received import delivered
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class AllToAll:
         self._blocked = False
         self._everyone = self._active = (1 << spec.ep_size) - 1
         self.round = (0, 0)  # T and R of the round under way
-        self._counts = Counts(spec.ep_size, self.device)
+        self._counts = torch.empty(spec.ep_size, dtype=torch.int32, device=self.device)
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._outputs = Outputs(spec.hidden_size, self.device)
         own = spec.experts_of(self.ep_rank)
@@ -176,7 +176,7 @@ class AllToAll:
         active = self._active
         if active_ranks is not None:
             self._active = active = rules.active(active_ranks, active, self.ep_rank)
-        counts = self._counts.take()
+        counts = torch.empty_like(self._counts)
         call = _new_tuple(
             DispatchCall,
             (

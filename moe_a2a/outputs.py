@@ -1,10 +1,10 @@
-"""Memory for what dispatch and combine return.
+"""Memory for what combine returns.
 
 Fresh memory of a few hundred KB costs a page fault every 4 KB wherever malloc gives freed blocks
 back to the kernel: more time than the sum that fills it. So an output is handed out again once
 nobody holds it any more.
 
-Shape letters: T tokens of this rank, H hidden_size, W ep_size.
+Shape letters: T tokens of this rank, H hidden_size.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Counts", "Outputs"]
+__all__ = ["Outputs"]
 
-_BATCH = 64  # counts to an allocation, which takes a fifth of an eager call on CUDA
 _SMALL = 1 << 16  # bytes up to which malloc keeps its blocks
 _MINE = 2  # references to the storage of a tensor that nobody shares: its own, and the one asking
 
@@ -46,34 +45,6 @@ class Outputs:
             fresh = torch.empty(tokens, self._hidden, dtype=dtype)
         self._kept = [*self._kept[-1:], fresh]
         return fresh.detach()
-
-
-class Counts:
-    """int32 tensors [W] of torch's allocator on one device: each is handed out once."""
-
-    def __init__(self, ep_size: int, device: torch.device) -> None:
-        self._size, self._device = ep_size, device
-        self._cuda, self._index = device.type == "cuda", device.index or 0
-        # By stream: memory belongs to the one that was current when it was allocated.
-        self._ready: dict[int, list[Tensor]] = {}
-
-    def take(self) -> Tensor:
-        """[W], uninitialized."""
-        stream = 0
-        if self._cuda:
-            # What a graph writes has to live in the graph's own memory.
-            if torch._C._cuda_isCurrentStreamCapturing():
-                return torch.empty(self._size, dtype=torch.int32, device=self._device)
-            stream = torch._C._cuda_getCurrentRawStream(self._index)
-        ready = self._ready.get(stream)
-        if not ready:
-            ready = self._ready[stream] = self._batch()
-        return ready.pop()
-
-    def _batch(self) -> list[Tensor]:
-        with torch.inference_mode(False):  # they outlive the mode that the caller is in
-            batch = torch.empty(_BATCH, self._size, dtype=torch.int32, device=self._device)
-            return [row.detach() for row in batch.unbind()]
 
 
 def _references(tensor: Tensor) -> int:

@@ -1,8 +1,8 @@
 // Combine: every rank pushes the rows it computed into the inboxes of the ranks they came from, and
 // sums what comes back to it. Any y will do, and nothing is staged. One kernel for rounds of every
 // size: in small ones all warps push, then sum; in large ones some warps of each block push while
-// the others sum, since sums at the end would cost as long as a quarter of the transfer. One warp
-// announces this rank and hears the others.
+// the others sum, since sums at the end would have nothing to hide behind. One warp announces this
+// rank and hears the others.
 #include "finish.cuh"
 #include "inbox.cuh"
 #include "launch.h"
@@ -134,7 +134,7 @@ struct Outgoing {
 
 // The units that a warp takes after one another. In large rounds the last quarter comes from a
 // counter of the grid: the link serves some multiprocessors better than others, by a fifth. Only
-// the last quarter, because the counter takes 3 ns a time, which all units together have not got.
+// the last quarter, because one word can't count for all of them in time.
 class Sequence {
  public:
   __device__ __forceinline__ Sequence(const CombineLaunch& p, Share share, int total)

@@ -23,8 +23,8 @@ int64_t cell_data(const Endpoint& e) { return e.options.lines ? kCellData : 128;
 
 bool quantized(int wire) { return wire != kBf16 && wire != kFp16 && wire != kFp32; }
 
-int64_t peer_bytes(const Endpoint& e, int inbox) {
-  return e.layout.region[inbox].nbytes / e.geometry.ep_size / kCell * kCell;
+int64_t inbox_of_peer(const Endpoint& e) {
+  return e.layout.region[kDispatchInbox].nbytes / e.geometry.ep_size / kCell * kCell;
 }
 
 // The parts of this round's rows, and the bytes of one on its way.
@@ -209,7 +209,7 @@ void place(Context& c, const Endpoint& e) {
   c.combine = offset(kCombine);
   c.dispatch_inbox = offset(kDispatchInbox);
   for (int i = 0; i < e.geometry.num_extras; ++i) c.extra[i] = offset(kExtra + i);
-  c.dispatch_peer_bytes = peer_bytes(e, kDispatchInbox);
+  c.dispatch_peer_bytes = inbox_of_peer(e);
   c.dispatch_outbox = c.dispatch_inbox + c.rank * c.dispatch_peer_bytes;
 }
 
