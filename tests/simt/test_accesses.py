@@ -10,7 +10,8 @@ from tests.simt.build import FLAGS, HERE
 
 def test_sixteen_bytes_are_loaded_at_once(tmp_path):
     program = tmp_path / "accesses"
-    flags = [*FLAGS.split(), "-pthread", "-include", str(HERE / "simt.h"), f"-I{HERE}", f"-I{source_directory()}"]
+    flags = [*FLAGS.split(), "-pthread", "-include", str(HERE / "simt.h")]
+    flags += [f"-I{HERE}", f"-I{source_directory()}"]
     source = str(HERE / "accesses.cc")
     subprocess.run([*cpu_compiler().split(), *flags, source, "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
