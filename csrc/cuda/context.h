@@ -84,12 +84,19 @@ struct Segment {
 constexpr int kSegments = 4 + kMaxExtras;
 enum SegmentId : int { kSegmentPayload, kSegmentScales, kSegmentIds, kSegmentWeights };
 
+// What a block sends to two ranks fits into 16 bytes: tally.cuh.
+struct Chunk;
+constexpr int kMostBlocks = 256;  // of a grid
+constexpr int kTallyRanks = 2;
+MOE_HD int tallies(int ep_size) { return (ep_size + kTallyRanks - 1) / kTallyRanks; }
+
 struct Context {
   uint8_t* window[kMaxRanks];
   State* state;
   Status* status;
   uint64_t* token_ranks;  // [Tmax] mask of the ranks that a token went to
   int32_t* token_slots;   // [Tmax, W] its slot there
+  Chunk* tallies;         // [pairs of ranks, kMostBlocks]
   int64_t payload, scales, ids, weights, combine, dispatch_inbox;  // offsets
   int64_t extra[kMaxExtras];
   int64_t dispatch_outbox;      // this rank's part of a peer's inbox
@@ -126,7 +133,7 @@ struct DispatchLaunch {
   int32_t id_words, id_bytes;
   bool everyone;     // is active
   bool odd_choices;  // rows of ids or weights are not int32 and fp32 in whole chunks of 16 bytes
-  FastDivisor by_runs, by_peers;  // the other ranks
+  FastDivisor by_runs, by_parts, by_peers;  // the last: the other ranks
   // Warps of a block that send while the others receive, and nanoseconds that these sleep between
   // polls. 0: all warps send, and then all receive.
   int32_t senders, nap;

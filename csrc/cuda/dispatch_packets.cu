@@ -111,8 +111,8 @@ struct Staged {
                                                   float global_scale, Data& data, uint8_t* image) {
     const Context& c = p.c;
     const int wire = kWire == kAny ? p.a.wire : kWire;
-    QuantizeRow r(p.a.payload.row(t), p.a.input, wire, c.hidden, c.padded,
-                  arrived<kWire>(global_scale));
+    const float scale = arrived<kWire>(global_scale);
+    QuantizeRow r{p.a.payload.row(t), p.a.input, wire, c.hidden, c.padded, scale, 1.0f / scale, {}};
     uint8_t* scales = image + p.segment[kSegmentScales].image;
     if (wire == kFp8) {
       r.row_scale = row_scale(p, r.data);

@@ -165,8 +165,9 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
   while (parts < steps && p.share * parts < 2 * kWarps) parts *= 2;
   p.steps = static_cast<int32_t>((steps + parts - 1) / parts);
   p.parts = static_cast<int32_t>((steps + p.steps - 1) / p.steps);
-  return launch(e, dispatch_bulk_kernel(wire_of(p), rows_aligned(p)), {blocks, kThreads, 0}, &p,
-                stream);
+  p.by_parts = fast_divisor(p.parts);
+  const BulkKernel bulk = dispatch_bulk_kernel(wire_of(p), rows_aligned(p));
+  return launch(e, bulk.kernel, {blocks, kThreads, bulk.shared}, &p, stream);
 }
 
 // Steps of a warp, 512 bytes of a plain row or columns of a quantized one, are moved in runs: as
@@ -200,6 +201,17 @@ const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   return launch(e, combine_kernel(e.shape.combine_wire, p.a.scalar, runs), grid, &p, stream);
 }
 
+// Where things lie in an endpoint's own memory, the state first.
+struct Local {
+  int64_t ranks, slots, tallies, end;
+
+  explicit Local(const Geometry& g)
+      : ranks(sizeof(State)),
+        slots(ranks + round_up(g.max_tokens * 8, kLine)),
+        tallies(slots + round_up(g.max_tokens * g.ep_size * 4, kLine)),
+        end(tallies + cuda::tallies(static_cast<int>(g.ep_size)) * kMostBlocks * kChunk) {}
+};
+
 void place(Context& c, const Endpoint& e) {
   const auto offset = [&](int id) { return e.layout.region[id].offset; };
   c.payload = offset(kPayload);
@@ -224,9 +236,15 @@ void own_experts(Context& c, const Geometry& g) {
 const char* load_kernels() {
   constexpr int kDispatched[] = {-1, kFp8, kFp8Block128, kMxfp8, kNvfp4, kMxfp4};
   std::vector<const void*> kernels, staged;
+  const auto has_room = [](const void* kernel, int bytes) {
+    return text_of(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  };
   for (int wire : kDispatched) {
     for (bool aligned : {false, true}) {
-      kernels.push_back(dispatch_bulk_kernel(wire, aligned));
+      const BulkKernel bulk = dispatch_bulk_kernel(wire, aligned);
+      kernels.push_back(bulk.kernel);
+      if (const char* error = has_room(bulk.kernel, bulk.shared)) return error;
       for (bool lines : {false, true})
         (wire < 0 ? kernels : staged).push_back(dispatch_packets_kernel(lines, wire, aligned));
     }
@@ -246,18 +264,13 @@ const char* load_kernels() {
     if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;
   }
   for (const void* kernel : staged)
-    if (const char* error = text_of(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostImage)))
-      return error;
+    if (const char* error = has_room(kernel, kMostImage)) return error;
   return nullptr;
 }
 
 }  // namespace
 
-int64_t local_bytes(const Geometry& g) {
-  return sizeof(State) + round_up(g.max_tokens * 8, kLine) +
-         round_up(g.max_tokens * g.ep_size * 4, kLine);
-}
+int64_t local_bytes(const Geometry& g) { return Local(g).end; }
 
 const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t* local,
                           Status* status, int64_t timeout_ns) {
@@ -269,9 +282,10 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
     if (windows[r] % kChunk != 0) return "a window is not aligned to 16 bytes";
   if (e.geometry.combine_bytes % kChunk != 0) return "combine_bytes is no multiple of 16";
   c.state = reinterpret_cast<State*>(local);
-  c.token_ranks = reinterpret_cast<uint64_t*>(local + sizeof(State));
-  c.token_slots = reinterpret_cast<int32_t*>(local + sizeof(State) +
-                                             round_up(e.geometry.max_tokens * 8, kLine));
+  const Local at(e.geometry);
+  c.token_ranks = reinterpret_cast<uint64_t*>(local + at.ranks);
+  c.token_slots = reinterpret_cast<int32_t*>(local + at.slots);
+  c.tallies = reinterpret_cast<Chunk*>(local + at.tallies);
   c.status = status;
   c.rank = rank;
   place(c, e);
@@ -296,7 +310,7 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
   // A kernel that spins must not keep out one that it waits for: one block a multiprocessor, the
   // multiprocessors divided by the ranks that share them. With sharers there is no early launch
   // either, since a kernel that waits its turn would take up room.
-  e.blocks = std::max(1, multiprocessors / std::max(1, e.options.sharers));
+  e.blocks = std::clamp(multiprocessors / std::max(1, e.options.sharers), 1, kMostBlocks);
   if (e.options.max_blocks > 0) e.blocks = std::min(e.blocks, e.options.max_blocks);
   e.overlap = e.options.sharers <= 1;
   if (const char* error = text_of(cudaStreamCreateWithFlags(&e.aside, cudaStreamNonBlocking)))

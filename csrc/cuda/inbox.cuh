@@ -158,7 +158,8 @@ struct Scaled {
     float low[kColumns / 2], high[kColumns / 2];
     decode_columns({y[0], y[kHalf - 1]}, kScalar, low);
     decode_columns({y[kHalf], y[kChunks - 1]}, kScalar, high);
-    const uint32_t own = max(largest(low), largest(high));
+    const uint32_t own = kScalar == kScalarBf16 ? max(largest(y[0]), largest(y[1]))
+                                                : max(largest(low), largest(high));
     Item item;
     float factor;
     if constexpr (kWire == kMxfp8) {

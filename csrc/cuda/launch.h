@@ -13,14 +13,18 @@ constexpr int kSmallRanks = 32;
 // and the others receive. kNap: nanoseconds between polls of warps that only wait.
 constexpr int kUndividedRuns = 2, kSenders = 8, kNap = 50;
 constexpr int kDirectSteps = 4;  // of a warp, that are in flight in dispatch_bulk at most
-constexpr int kQuantizedSteps = 4;
+constexpr int kQuantizedSteps = 2;
 
 // `many`: more than kSmallTokens, or rows to receive for which warps divide the work; 512 threads.
 const void* dispatch_small_kernel(bool many, int run);
 // `wire`: what rows are quantized to, -1 where they travel as they are. `aligned`: rows begin on 16
 // bytes and travel in whole chunks; those that are quantized are bf16.
 const void* dispatch_packets_kernel(bool lines, int wire, bool aligned);
-const void* dispatch_bulk_kernel(int wire, bool aligned);
+struct BulkKernel {
+  const void* kernel;
+  int shared;  // bytes
+};
+BulkKernel dispatch_bulk_kernel(int wire, bool aligned);
 // Steps that a warp pushes, and sums, in one go.
 struct CombineRuns {
   int push, sum;

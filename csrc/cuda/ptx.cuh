@@ -39,6 +39,13 @@ __device__ __forceinline__ T* hold(T* at) {
   return at;
 }
 
+// The same, of a window: what was loaded as an address may be anything to the compiler.
+template <class T>
+__device__ __forceinline__ T* global(T* at) {
+  __builtin_assume(__isGlobal(at));
+  return at;
+}
+
 // ---- memory shared with other devices -------------------------------------------------------
 
 // 16 bytes in one access: .b128 is one to the memory model, .v4 and .v2 are several.
@@ -138,6 +145,16 @@ __device__ __forceinline__ uint64_t nanoseconds() {
 }
 
 // ---- element conversions --------------------------------------------------------------------
+
+// The product, or NaN with a positive sign: the only one that fp32 instructions make.
+__device__ __forceinline__ float product(float a, float b) { return a * b; }
+
+// Of each of two bf16 the larger magnitude, with any sign; the other one where one is NaN.
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
 
 // Two e4m3 codes, `lo` in the low byte: nearest even, saturating at 448, NaN gives 0x7F.
 __device__ __forceinline__ uint32_t e4m3x2(float lo, float hi) {

@@ -56,7 +56,17 @@ __device__ __forceinline__ void decode_columns(const RawColumns& raw, int scalar
   }
 }
 
-// Bits of the largest magnitude; fmaxf passes over NaN, and the last one over that of all.
+// Bits of the largest magnitude of eight bf16; NaN is passed over, as fmaxf does.
+__device__ __forceinline__ uint32_t largest(const Chunk& c) {
+  const uint32_t low = larger_magnitudes(static_cast<uint32_t>(c.lo),
+                                         static_cast<uint32_t>(c.lo >> 32));
+  const uint32_t high = larger_magnitudes(static_cast<uint32_t>(c.hi),
+                                          static_cast<uint32_t>(c.hi >> 32));
+  const uint32_t pair = larger_magnitudes(low, high);
+  return __float_as_uint(fmaxf(fmaxf(fabsf(low_bf16(pair)), fabsf(high_bf16(pair))), 0.0f));
+}
+
+// The same of columns; the last fmaxf is for those that are all NaN.
 __device__ __forceinline__ uint32_t largest(const float (&v)[kColumns]) {
   float amax[kColumns / 2];
 #pragma unroll
@@ -97,21 +107,25 @@ __device__ __forceinline__ uint32_t top_bytes(const float (&x)[kColumns], int fi
   return __byte_perm(two(first), two(first + 4), 0x5410);
 }
 
-// e2m1_encode() of codec.h in fewer instructions.
+// e2m1_encode() of codec.h in fewer instructions. A magnitude a has the code of the nearest integer
+// to the least of 2a, a + 2 and a/2 + 4, the first below 2, the last from 4 on. Each is rounded once,
+// by the adder, as the last bits of a sum with 1.5 * 2^23; the nearest of the least is the least of
+// the nearest.
 __device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], float factor) {
+  constexpr float kSum = 12582912.0f;
   uint32_t codes = 0;
   float x[kColumns];
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    x[i] = fminf(v[i] * factor, 6.0f);  // NaN of either sign gives 6
-    const float a = fminf(fabsf(x[i]), 6.0f);
-    // From 1 on a binade 2^e has two codes, in steps of 2^(e-1), and that is the last bit of a sum
-    // with 2^(e+22): the adder rounds. Below 1 the step is that of [1, 2).
-    const uint32_t binade = __float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u;
-    const uint32_t sum = __float_as_uint(fmaf(__uint_as_float(binade), 4194304.0f, a));
-    codes += (sum - binade + (binade >> 22)) << (4 * i);
+    x[i] = product(v[i], factor);
+    const float a = fminf(fabsf(x[i]), 6.0f);  // NaN gives 6
+    // As integers, which are in the same order, and of which one instruction takes three.
+    const uint32_t twice = __float_as_uint(fmaf(a, 2.0f, kSum));
+    const uint32_t same = __float_as_uint(a + (kSum + 2.0f));
+    const uint32_t half = __float_as_uint(fmaf(a, 0.5f, kSum + 4.0f));
+    codes += min(min(twice, same), half) << (4 * i);
   }
-  constexpr uint32_t kExcess = (22u << 23) + 2 * 127;  // of each of the addends
+  constexpr uint32_t kExcess = 0x4B400000;  // kSum, of each of the addends
   codes -= kExcess * 0x11111111u;
   return codes | (top_bytes(x, 0) >> 4 & 0x08080808u) | (top_bytes(x, 1) & 0x80808080u);
 }
@@ -153,61 +167,62 @@ struct QuantizeRow {
   int scalar, wire, hidden, padded;
   float global_scale, decode_scale;
   Fp8Scale row_scale;  // of wire fp8
-
-  __device__ __forceinline__ QuantizeRow(const uint8_t* row, int dtype, int format, int columns,
-                                         int columns_padded, float scale)
-      : data(row),
-        scalar(dtype),
-        wire(format),
-        hidden(columns),
-        padded(columns_padded),
-        global_scale(scale),
-        decode_scale(1.0f / scale),
-        row_scale{} {}
-
-  __device__ __forceinline__ QuantizeRow(const uint8_t* row, int dtype, int format, int columns,
-                                         int columns_padded, const float* scale)
-      : QuantizeRow(row, dtype, format, columns, columns_padded, scale == nullptr ? 1.0f : *scale) {
-  }
 };
 
-// One step of a warp: codes of this lane's columns to `payload`, scales of its blocks to `scales`,
-// both of the row's column 0. Columns from `hidden` to `padded` count as zeros.
+// One step of a warp: codes of this lane's columns to `payload`, and, by one lane of a block,
+// its scale to `scale`. `own`: the bits of their largest magnitude. Columns from `hidden` to
+// `padded` count as zeros; `inside`: these are no later ones.
 template <int kWire>
 __device__ __forceinline__ void quantize_step(const QuantizeRow& r, const float (&v)[kColumns],
-                                              int col, uint8_t* payload, uint8_t* scales) {
+                                              uint32_t own, bool inside, uint8_t* payload,
+                                              uint8_t* scale) {
   const int lane = threadIdx.x % kWarp;
-  const uint32_t own = largest(v);
-  const bool inside = col < r.padded;
-  const uint32_t at = col;  // a shift divides it
   switch (kWire == kAny ? r.wire : kWire) {
     case kFp8:
-      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, r.row_scale.inverse);
+      if (inside) *reinterpret_cast<uint2*>(payload) = encode_e4m3(v, r.row_scale.inverse);
       break;
     case kFp8Block128: {
       const Fp8Scale s = fp8_scale(largest_of_lanes<16>(own));
-      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, s.inverse);
-      if (inside && lane % 16 == 0) reinterpret_cast<float*>(scales)[at / 128] = s.scale;
+      if (inside) *reinterpret_cast<uint2*>(payload) = encode_e4m3(v, s.inverse);
+      if (inside && lane % 16 == 0) *reinterpret_cast<float*>(scale) = s.scale;
       break;
     }
     case kMxfp8: {
       const uint32_t e = mxfp8_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint2*>(payload + at) = encode_e4m3(v, e8m0_inverse(e));
-      if (inside && lane % 4 == 0) scales[at / 32] = static_cast<uint8_t>(e);
+      if (inside) *reinterpret_cast<uint2*>(payload) = encode_e4m3(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) *scale = static_cast<uint8_t>(e);
       break;
     }
     case kMxfp4: {
       const uint32_t e = mxfp4_exponent(largest_of_lanes<4>(own));
-      if (inside) *reinterpret_cast<uint32_t*>(payload + at / 2) = encode_e2m1(v, e8m0_inverse(e));
-      if (inside && lane % 4 == 0) scales[at / 32] = static_cast<uint8_t>(e);
+      if (inside) *reinterpret_cast<uint32_t*>(payload) = encode_e2m1(v, e8m0_inverse(e));
+      if (inside && lane % 4 == 0) *scale = static_cast<uint8_t>(e);
       break;
     }
     default: {
       const Nvfp4Scale s = nvfp4_scale(largest_of_lanes<2>(own), r.global_scale, r.decode_scale);
-      if (inside) *reinterpret_cast<uint32_t*>(payload + at / 2) = encode_e2m1(v, s.factor);
-      if (inside && lane % 2 == 0) scales[at / 16] = s.code;
+      if (inside) *reinterpret_cast<uint32_t*>(payload) = encode_e2m1(v, s.factor);
+      if (inside && lane % 2 == 0) *scale = s.code;
       break;
     }
+  }
+}
+
+// Bytes of codes that a row's first `columns` take, and of scales.
+__device__ __forceinline__ int code_bytes(int wire, int columns) {
+  return wire == kNvfp4 || wire == kMxfp4 ? columns / 2 : columns;
+}
+
+__device__ __forceinline__ int scale_bytes(int wire, int columns) {
+  switch (wire) {
+    case kFp8:  // comes with the first column
+      return columns == 0 ? 0 : 4;
+    case kFp8Block128:
+      return columns / 128 * 4;
+    case kNvfp4:
+      return columns / 16;
+    default:
+      return columns / 32;
   }
 }
 
@@ -237,8 +252,8 @@ struct Batch {
 #pragma unroll
     for (int u = 0; u < kSteps; ++u) {
       float v[kColumns];
-      decode_columns(raw[u], kAligned ? kScalarBf16 : scalar, v);
-      amax = max(amax, largest(v));
+      if (!kAligned) decode_columns(raw[u], scalar, v);
+      amax = max(amax, kAligned ? largest(raw[u].low) : largest(v));
     }
     return amax;
   }
@@ -248,14 +263,21 @@ struct Batch {
   template <int kWire>
   __device__ __forceinline__ void quantize(const QuantizeRow& r, int first, int stride, int last,
                                            uint8_t* payload, uint8_t* scales) {
+    const int wire = kWire == kAny ? r.wire : kWire;
+    int col = first + static_cast<int>(threadIdx.x % kWarp) * kColumns;
+    int code = hold(code_bytes(wire, col)), scale = hold(scale_bytes(wire, col));
+    const int code_step = code_bytes(wire, stride), scale_step = scale_bytes(wire, stride);
 #pragma unroll 1
-    for (int col = first; col < last; col += stride) {
+    for (; first < last; first += stride) {
       float v[kColumns];
       decode_columns(raw[0], kAligned ? kScalarBf16 : r.scalar, v);
+      const uint32_t own = kAligned ? largest(raw[0].low) : largest(v);
 #pragma unroll
       for (int u = 1; u < kSteps; ++u) raw[u - 1] = raw[u];
-      quantize_step<kWire>(r, v, col + static_cast<int>(threadIdx.x % kWarp) * kColumns, payload,
-                           scales);
+      quantize_step<kWire>(r, v, own, col < r.padded, payload + code, scales + scale);
+      col += stride;
+      code += code_step;
+      scale += scale_step;
     }
   }
 };
@@ -273,24 +295,6 @@ __device__ __forceinline__ uint32_t largest_of_columns(const uint8_t* row, int s
     amax = max(amax, batch.largest_of(scalar));
   }
   return largest_of_lanes<kWarp>(amax);
-}
-
-// Bytes of codes that `columns` take.
-__device__ __forceinline__ int code_bytes(int wire, int columns) {
-  return wire == kNvfp4 || wire == kMxfp4 ? columns / 2 : columns;
-}
-
-__device__ __forceinline__ int scale_bytes(int wire, int columns) {
-  switch (wire) {
-    case kFp8:
-      return 4;
-    case kFp8Block128:
-      return columns / 128 * 4;
-    case kNvfp4:
-      return columns / 16;
-    default:
-      return columns / 32;
-  }
 }
 
 }  // namespace moe_a2a::cuda

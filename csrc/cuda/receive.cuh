@@ -39,7 +39,7 @@ class Places {
     if (inside_) return;
 #pragma unroll
     for (int u = 0; u < kRun; ++u)
-      of_[u] = place_of(p, me, index, run.offset(u), Packet::bytes(run.lane()));
+      of_[u] = place_of(p, p.c.window[me], index, run.offset(u), Packet::bytes(run.lane()));
   }
   __device__ __forceinline__ void put(const Chunk (&data)[kRun]) const {
     if (inside_) {

@@ -134,7 +134,7 @@ class Origin {
   uint32_t low_[4], high_[4], value_[4];
 };
 
-// Where `count` bytes of a row's image belong in the window of `owner`; what to put there if the
+// Where `count` bytes of a row's image belong in a window; what to put there if the
 // row is padding: the invalid ids and weights of 0, and, if asked for, zeros in place of payload
 // and scales.
 struct Place {
@@ -153,10 +153,9 @@ struct Place {
 };
 
 // `row` is source * R + slot.
-__device__ __forceinline__ Place place_of(const DispatchLaunch& p, int owner, int64_t row,
+__device__ __forceinline__ Place place_of(const DispatchLaunch& p, uint8_t* window, int64_t row,
                                           int offset, int count) {
   const int payload = p.segment[kSegmentPayload].bytes;
-  uint8_t* window = p.c.window[owner];
   if (offset + count <= payload)
     return {window + p.c.payload + row * payload + offset, count, p.c.scrub_all, 0};
   if (offset >= p.image_bytes) return {window, 0, false, 0};
@@ -169,9 +168,9 @@ __device__ __forceinline__ Place place_of(const DispatchLaunch& p, int owner, in
           i == kSegmentIds ? static_cast<uint32_t>(p.c.invalid_id) : 0u};
 }
 
-__device__ __forceinline__ void store_image(const DispatchLaunch& p, int owner, int64_t row,
+__device__ __forceinline__ void store_image(const DispatchLaunch& p, uint8_t* window, int64_t row,
                                             int offset, int count, Chunk data, bool scrub) {
-  const Place place = place_of(p, owner, row, offset, count);
+  const Place place = place_of(p, window, row, offset, count);
   if (scrub)
     place.scrub();
   else

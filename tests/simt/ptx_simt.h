@@ -21,6 +21,11 @@ inline T hold(T v) {
   return v;
 }
 
+template <class T>
+inline T* global(T* at) {
+  return at;
+}
+
 struct alignas(16) Chunk {
   uint64_t lo, hi;
 };
@@ -70,6 +75,18 @@ inline uint64_t nanoseconds() {
   return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + t.tv_nsec + (ahead >> 8) % 2'000'000;
 }
 
+inline float product(float a, float b) {
+  const float c = a * b;
+  return c == c ? c : bits_float(0x7FFFFFFF);
+}
+inline uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+  uint32_t larger = 0;
+  for (int shift : {0, 16}) {
+    const uint32_t x = a >> shift & 0x7FFF, y = b >> shift & 0x7FFF, nan = 0x7F80;
+    larger |= (x > nan ? y : y > nan ? x : x > y ? x : y) << shift;
+  }
+  return larger | 0x80000000;  // with any sign
+}
 inline uint32_t e4m3x2(float lo, float hi) { return e4m3_encode(lo) | e4m3_encode(hi) << 8; }
 inline uint32_t half2_of_e4m3x2(uint16_t codes) {
   const uint32_t lo = fp16_encode(e4m3_decode(codes & 0xFF));

@@ -127,6 +127,7 @@ inline void __nanosleep(unsigned) { simt::yield(); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __popcll(uint64_t v) { return __builtin_popcountll(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __ffsll(uint64_t v) { return __builtin_ffsll(static_cast<long long>(v)); }
 inline uint32_t __float_as_uint(float v) { return static_cast<uint32_t>(simt::bits(v)); }
