@@ -21,32 +21,34 @@ struct Part {
   }
 };
 
-// The parts of a tile of tokens that a warp takes, one after the other.
+// The parts of a tile of tokens that a warp takes: one after the other where a source wants them
+// together, else in turn with the other warps.
 class Parts {
  public:
-  __device__ __forceinline__ Parts(const DispatchLaunch& p, int first, int last)
+  __device__ __forceinline__ Parts(const DispatchLaunch& p, int first, int last, bool together)
       : begins_(first), ends_(last), of_row_(p.parts), steps_(p.steps) {
     const int warp = threadIdx.x / kWarp, total = (last - first) * of_row_;
-    const int at = warp * total / kBulkWarps;
-    left_ = (warp + 1) * total / kBulkWarps - at;
-    in_tile_ = at / p.by_parts;
-    index_ = at - in_tile_ * of_row_;
+    at_ = together ? warp * total / kBulkWarps : warp;
+    end_ = together ? (warp + 1) * total / kBulkWarps : total;
+    stride_ = together ? 1 : kBulkWarps;
+    in_tile_ = at_ / p.by_parts;
+    index_ = at_ - in_tile_ * of_row_;
   }
   __device__ __forceinline__ int begins() const { return begins_; }  // of the tile
   __device__ __forceinline__ int ends() const { return ends_; }
-  __device__ __forceinline__ bool more() const { return left_ > 0; }
+  __device__ __forceinline__ bool more() const { return at_ < end_; }
   __device__ __forceinline__ Part part() const {
     return {begins_ + in_tile_, in_tile_, index_ * steps_, (index_ + 1) * steps_};
   }
   __device__ __forceinline__ void advance() {
-    --left_;
-    const bool ends = ++index_ == of_row_;
-    index_ = ends ? 0 : index_;
-    in_tile_ += ends;
+    at_ += stride_;
+    index_ += stride_;
+#pragma unroll 1
+    for (; index_ >= of_row_; index_ -= of_row_) ++in_tile_;
   }
 
  private:
-  int begins_, ends_, of_row_, steps_, left_, in_tile_, index_;
+  int begins_, ends_, of_row_, steps_, at_, end_, stride_, in_tile_, index_;
 };
 
 // fn(window, slot) for each rank of the token; this one last, which has no way to go.
@@ -81,6 +83,7 @@ template <bool kAligned>
 class Direct {
  public:
   static constexpr int kStage = 16;  // bytes of shared memory that a warp needs
+  static constexpr bool kTogether = false;
 
   __device__ __forceinline__ Direct(const DispatchLaunch&, uint8_t*) {}
 
@@ -176,6 +179,7 @@ class Quantized {
 
  public:
   static constexpr int kStage = kCodes + kScaleRoom;
+  static constexpr bool kTogether = true;
 
   __device__ __forceinline__ Quantized(const DispatchLaunch& p, uint8_t* stage)
       : scale_rows_(own_rows(p, p.segment[kSegmentScales])), codes_(stage) {}

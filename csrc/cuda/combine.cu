@@ -288,9 +288,11 @@ __global__ void __launch_bounds__(kMost<Row, kRun>, 1)
 #pragma unroll 1
   for (const int total = p.tokens * p.runs; index < total; index += roles.sum.stride) {
     const Steps<Row, kRun> steps((index - token * p.runs) * kRun);
+    const int next = (index + roles.sum.stride) / p.by_runs;
+    const Slots ahead = Slots::of_token(p, next);  // on their way while this one is summed
     if (!sum_run<Row, kRun>(p, op, token, steps, slots, wait)) return;
-    token = (index + roles.sum.stride) / p.by_runs;
-    slots = Slots::of_token(p, token);
+    token = next;
+    slots = ahead;
   }
   if (roles.finishes) finish_combine(p, op);
 }

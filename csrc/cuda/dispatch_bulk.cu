@@ -86,7 +86,7 @@ __device__ __forceinline__ bool send_rows(const DispatchLaunch& p, const Operati
     if (!send_tile(p, op, source, slots, parts, routes)) return false;
     const int begins = parts.ends();
     if (begins >= tokens.last) return true;
-    parts = Parts(p, begins, min(begins + kTile, tokens.last));
+    parts = Parts(p, begins, min(begins + kTile, tokens.last), Source::kTogether);
   }
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kBulkThreads, 1)
   MOE_DYNAMIC_SHARED(stages);
   const int block = blockIdx.x, last = gridDim.x - 1, movers = max(last, 1);
   const Tokens tokens(p);
-  const Parts parts(p, tokens.first, min(tokens.first + kTile, tokens.last));
+  const Parts parts(p, tokens.first, min(tokens.first + kTile, tokens.last), Source::kTogether);
   Slots slots(p, tokens.first, tokens.last);
   Source source(p, stages + threadIdx.x / kWarp * Source::kStage);
   const Operation op = begin(p.c, kDispatch);
