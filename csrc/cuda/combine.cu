@@ -11,9 +11,9 @@
 namespace moe_a2a::cuda {
 namespace {
 
-template <class Row, int kRun>
-constexpr int kMost = kWarp * combine_warps(Row::kChunks, kRun);  // threads
-constexpr int kNothing = 1 << 30;                                 // past every unit
+template <int kPush, int kRun>
+constexpr int kMost = kWarp * combine_warps({kPush, kRun});  // threads
+constexpr int kNothing = 1 << 30;                            // past every unit
 
 // Which units a warp takes, a unit being a run of a row or of a token.
 struct Share {
@@ -108,7 +108,7 @@ struct Outgoing {
 
   // A row at or past the count of those that came is nobody's, and is not read.
   __device__ __forceinline__ bool exists(const CombineLaunch& p) const {
-    return slot < p.c.state->received[source] && !(Row::kOwnInPlace && source == p.c.rank);
+    return slot < p.c.state->received[source] && source != p.c.rank;
   }
   __device__ __forceinline__ void load(const CombineLaunch& p,
                                        Chunk (&data)[kRun][Row::kChunks]) const {
@@ -219,12 +219,15 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
       rank[r] = __ffsll(left) - 1;
       left &= left - 1;
       const int from = max(rank[r], 0), slot = rank[r] < 0 ? 0 : slots.of(from);
-      const bool own = Row::kOwnInPlace && rank[r] == me;
+      const bool own = rank[r] == me;
       loaded[r] = rank[r] < 0 ? 0 : p.c.hidden;
       awaited[r] = own ? 0 : loaded[r];
       row[r] = own ? const_cast<uint8_t*>(row_of_y(p, me, slot)) : inbox_row(p, me, from, slot);
-      if (own && p.odd) {
-        Row::template load_odd<kRun>(row[r], steps, p.c.hidden, item[r]);
+      if (own && (Row::kQuantizes || p.odd)) {
+        Chunk data[kRun][Row::kChunks];
+        load_run<Row, kRun>(p, row[r], steps, data);
+#pragma unroll
+        for (int u = 0; u < kRun; ++u) item[r][u] = Row::encode(data[u]);
         loaded[r] = 0;
       }
     }
@@ -266,7 +269,7 @@ __device__ __forceinline__ bool sum_run(const CombineLaunch& p, const Operation&
 }
 
 template <class Row, int kPush, int kRun>
-__global__ void __launch_bounds__(kMost<Row, kRun>, 1)
+__global__ void __launch_bounds__(kMost<kPush, kRun>, 1)
     combine(const CombineLaunch __grid_constant__ p) {
   const Roles roles(p);
   const Outgoing<Row, kPush> out(p, roles.push.first);

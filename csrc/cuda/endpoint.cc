@@ -12,8 +12,9 @@ constexpr int kMostImage = 64 << 10;  // bytes of shared memory for a row that i
 constexpr int kCombineStep = 512;
 
 // Of a combine: up to so many units of a warp it does both in turn, push and sum; warps of a block
-// that push in larger rounds.
-constexpr int kRoundsTogether = 2, kPushersPlain = 2, kPushersScaled = 6;
+// that push in larger rounds: few, since what they store waits for the link, and with it what others
+// of their multiprocessor load.
+constexpr int kRoundsTogether = 2, kPushers = 2;
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -176,7 +177,7 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
 const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   const bool scaled = quantized(e.shape.combine_wire);
   const int chunks = !scaled ? 1 : p.a.scalar == kScalarFp32 ? 4 : 2;
-  const int64_t targets = std::max<int64_t>(e.geometry.ep_size - (scaled ? 0 : 1), 1);
+  const int64_t targets = std::max<int64_t>(e.geometry.ep_size - 1, 1);
   const int64_t bytes = scaled ? e.shape.hidden : e.geometry.combine_bytes;
   const int64_t steps = (bytes + kCombineStep - 1) / kCombineStep;
   const int64_t rows = std::max(e.max_rows * targets, e.tokens), room = 16 * movers(e.blocks);
@@ -186,7 +187,7 @@ const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   const bool divided = e.blocks > 1 && rows * runs_of(2) > kRoundsTogether * room;
   if (divided) {
     runs = longest_runs(chunks);
-    p.pushers = scaled ? kPushersScaled : kPushersPlain;
+    p.pushers = kPushers;
     p.nap = kNap;
   }
   p.push_runs = static_cast<int32_t>(runs_of(runs.push));
@@ -196,7 +197,7 @@ const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   p.by_push_runs = fast_divisor(p.push_runs);
   p.by_runs = fast_divisor(p.runs);
   p.by_targets = fast_divisor(targets);
-  Grid grid = packets_grid(e, rows * p.runs, combine_warps(chunks, runs.sum));
+  Grid grid = packets_grid(e, rows * p.runs, combine_warps(runs));
   if (divided) grid.blocks = e.blocks;
   return launch(e, combine_kernel(e.shape.combine_wire, p.a.scalar, runs), grid, &p, stream);
 }

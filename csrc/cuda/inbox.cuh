@@ -56,20 +56,10 @@ struct Plain {
   static constexpr int kScalarOf = kScalar;
   static constexpr int kColumns = 16 / kItemBytes<kScalar>;  // of a lane in a step
   static constexpr int kChunks = 1;                          // that they take in y
-  // A rank's own rows are summed where they lie in y: chunk for chunk as in an inbox.
-  static constexpr bool kOwnInPlace = true;
+  static constexpr bool kQuantizes = false;
   struct Item {
     Chunk data{0, 0};
   };
-
-  template <int kRun>
-  static __device__ __forceinline__ void load_odd(const uint8_t* row,
-                                                  const Steps<Plain, kRun>& steps, int end,
-                                                  Item (&item)[kRun]) {
-#pragma unroll
-    for (int u = 0; u < kRun; ++u)
-      if (steps.column(u) < end) item[u].data = load_odd_bytes(row + steps.chunk(u), 16);
-  }
 
   static __device__ __forceinline__ Item encode(const Chunk (&y)[kChunks]) { return {y[0]}; }
 
@@ -141,16 +131,11 @@ struct Scaled {
   static constexpr int kColumns = 16;
   static constexpr int kChunks = kItemBytes<kScalar>;
   static constexpr int kWordLanes = 8;
-  // A rank's own rows take the same way as all others, so that results do not depend on placement.
-  static constexpr bool kOwnInPlace = false;
+  static constexpr bool kQuantizes = true;
   struct Item {
     Chunk codes{0, 0};
     uint32_t scales = 0;
   };
-
-  template <int kRun>
-  static __device__ __forceinline__ void load_odd(const uint8_t*, const Steps<Scaled, kRun>&, int,
-                                                  Item (&)[kRun]) {}
 
   // The whole warp. Columns past the row are zeros, and share no block with others.
   static __device__ __forceinline__ Item encode(const Chunk (&y)[kChunks]) {

@@ -34,10 +34,8 @@ struct CombineRuns {
 constexpr CombineRuns longest_runs(int chunks) {
   return chunks == 1 ? CombineRuns{4, 4} : chunks == 2 ? CombineRuns{4, 2} : CombineRuns{2, 2};
 }
-// Warps of a block, at most.
-constexpr int combine_warps(int chunks, int run) {
-  return chunks * run == 4 && chunks == 1 ? 12 : 16;
-}
+// Warps of a block, at most: as many as registers allow.
+constexpr int combine_warps(CombineRuns runs) { return runs.push == 4 ? 12 : 16; }
 // `scalar`: of y. `runs`: both 1 or both 2, or the longest.
 const void* combine_kernel(int combine_wire, int scalar, CombineRuns runs);
 

@@ -8,7 +8,9 @@ import torch
 from moe_a2a import AllToAll
 from moe_a2a.errors import PeerTimeout, StateError
 from moe_a2a.spec import COMBINE_WIRES
+from moe_a2a.testing import RankPool
 from tests.collective.rounds import Case, Round, play
+from tests.conftest import PRELOAD
 from tests.oracle_formats import WIRES
 from tests.simt.backend import register
 from tests.simt.playing import KINDS, NEEDS, inputs, limited, on_a_device, play_case
@@ -79,10 +81,35 @@ def test_rows_of_several_parts_from_every_input(pool, wire, source):
         pool.run(play_case, "simt", case, rounds, ranks=2)
 
 
+def test_more_scales_than_a_warp_keeps(pool):
+    case = Case(2, wire="nvfp4", hidden=9216, capacity=20, more=IN_BULK)
+    pool.run(play_case, "simt", case, [Round(1, tokens=(20, 3))], ranks=2)
+
+
 @pytest.mark.parametrize("hidden", [4096, 3840])
 def test_plain_rows_of_several_parts(pool, hidden):
     rounds = [Round(1, tokens=(9, 7)), Round(2, strided=True, rows=3)]
     pool.run(play_case, "simt", Case(2, hidden=hidden, capacity=9, more=IN_BULK), rounds, ranks=2)
+
+
+@pytest.mark.parametrize(("multiprocessors", "ranks"), [(400, 2), (25, 5)])
+def test_slots_from_what_many_blocks_say(pool, multiprocessors, ranks):
+    """More blocks than lanes, fewer tokens than blocks, several tiles a block, an odd rank."""
+    case = Case(ranks, experts=2 * ranks, top_k=2, hidden=16, capacity=330, more=IN_BULK)
+    tokens = [(330, 170, 33, 1, 0), (79, 81, 5, 2, 330), (1, 2, 3, 4, 5)]
+    rounds = [
+        Round(n, tokens=counts[:ranks], rows=max(counts), routing="invalid")
+        for n, counts in enumerate(tokens)
+    ]
+    pool.run(on_a_device, multiprocessors, "simt", case, rounds, ranks=ranks)
+
+
+def test_more_ranks_than_lanes():
+    with RankPool(34, preload=PRELOAD) as pool:
+        for capacity, more in ((40, {}), (4, IN_BULK)):
+            case = Case(34, experts=68, top_k=6, hidden=64, capacity=capacity, more=more)
+            rounds = [Round(1, routing="invalid"), Round(2, rows=3)]
+            pool.run(play_case, "simt", case, rounds, ranks=34)
 
 
 @pytest.mark.parametrize(
