@@ -150,7 +150,7 @@ struct CombineLaunch {
   int32_t units;            // runs that may be pushed
   int32_t pushers;          // warps of a block that push while the others sum; 0: all do both
   uint32_t nap;             // ns between polls of those
-  int32_t targets;  // ranks that rows are pushed to: the others
+  int32_t targets;          // ranks that rows are pushed to: the others
   FastDivisor by_push_runs, by_runs, by_targets;
   RoundFacts facts;
 };

@@ -111,8 +111,8 @@ __device__ __forceinline__ void scrub_rows(const DispatchLaunch& p, const Operat
     if (count < 0) return;
     for (int i = count + warp; i < rows; i += gridDim.x * warps)
       for (int at = from + lane * 16; at < to; at += kStepBytes)
-        store_image(p, p.c.window[p.c.rank], static_cast<int64_t>(source) * rows + i, at, 16, {0, 0},
-                    true);
+        store_image(p, p.c.window[p.c.rank], static_cast<int64_t>(source) * rows + i, at, 16,
+                    {0, 0}, true);
   }
 }
 

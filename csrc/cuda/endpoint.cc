@@ -12,8 +12,8 @@ constexpr int kMostImage = 64 << 10;  // bytes of shared memory for a row that i
 constexpr int kCombineStep = 512;
 
 // Of a combine: up to so many units of a warp it does both in turn, push and sum; warps of a block
-// that push in larger rounds: few, since what they store waits for the link, and with it what others
-// of their multiprocessor load.
+// that push in larger rounds: few, since what they store waits for the link, and with it what
+// others of their multiprocessor load.
 constexpr int kRoundsTogether = 2, kPushers = 2;
 
 const char* text_of(cudaError_t error) {

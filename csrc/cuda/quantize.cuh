@@ -58,10 +58,10 @@ __device__ __forceinline__ void decode_columns(const RawColumns& raw, int scalar
 
 // Bits of the largest magnitude of eight bf16; NaN is passed over, as fmaxf does.
 __device__ __forceinline__ uint32_t largest(const Chunk& c) {
-  const uint32_t low = larger_magnitudes(static_cast<uint32_t>(c.lo),
-                                         static_cast<uint32_t>(c.lo >> 32));
-  const uint32_t high = larger_magnitudes(static_cast<uint32_t>(c.hi),
-                                          static_cast<uint32_t>(c.hi >> 32));
+  const uint32_t low =
+      larger_magnitudes(static_cast<uint32_t>(c.lo), static_cast<uint32_t>(c.lo >> 32));
+  const uint32_t high =
+      larger_magnitudes(static_cast<uint32_t>(c.hi), static_cast<uint32_t>(c.hi >> 32));
   const uint32_t pair = larger_magnitudes(low, high);
   return __float_as_uint(fmaxf(fmaxf(fabsf(low_bf16(pair)), fabsf(high_bf16(pair))), 0.0f));
 }
@@ -108,9 +108,9 @@ __device__ __forceinline__ uint32_t top_bytes(const float (&x)[kColumns], int fi
 }
 
 // e2m1_encode() of codec.h in fewer instructions. A magnitude a has the code of the nearest integer
-// to the least of 2a, a + 2 and a/2 + 4, the first below 2, the last from 4 on. Each is rounded once,
-// by the adder, as the last bits of a sum with 1.5 * 2^23; the nearest of the least is the least of
-// the nearest.
+// to the least of 2a, a + 2 and a/2 + 4, the first below 2, the last from 4 on. Each is rounded
+// once, by the adder, as the last bits of a sum with 1.5 * 2^23; the nearest of the least is the
+// least of the nearest.
 __device__ __forceinline__ uint32_t encode_e2m1(const float (&v)[kColumns], float factor) {
   constexpr float kSum = 12582912.0f;
   uint32_t codes = 0;

@@ -23,8 +23,8 @@ __device__ __forceinline__ Chunk* tally_of(const Context& c, int pair, int block
 
 __device__ __forceinline__ void send_tally(const Context& c, uint64_t tag, int pair,
                                            const Counts& counts) {
-  const uint64_t both =
-      static_cast<uint32_t>(counts.of[0]) | static_cast<uint64_t>(counts.of[1]) << 32;
+  const uint64_t both = static_cast<uint32_t>(counts.of[0]) | static_cast<uint64_t>(counts.of[1])
+                                                                  << 32;
   if (threadIdx.x % kWarp == 0) store_relaxed_sys(tally_of(c, pair, blockIdx.x), {tag, both});
 }
 
@@ -64,10 +64,10 @@ __device__ __forceinline__ Counts sum_tallies(const Context& c, uint64_t tag, in
 // Of a tile of tokens, in shared memory. A place more in a row than there are ranks keeps lanes
 // apart that each write to one of its own.
 struct Routes {
-  uint64_t ranks[kTile];              // masks
+  uint64_t ranks[kTile];  // masks
   int32_t slot[kTile][kMaxRanks + 1];
-  int32_t sent[kMaxRanks];            // to each rank before the tile
-  int32_t ways[kTile];                // of them, for each token
+  int32_t sent[kMaxRanks];             // to each rank before the tile
+  int32_t ways[kTile];                 // of them, for each token
   uint8_t* way[kTile][kMaxRanks + 1];  // where its payload goes; to this rank itself last
 };
 
@@ -201,8 +201,7 @@ class Slots {
       if ((lanes >> lane() & 1) != 0) {
         const uint64_t earlier = (d > c.rank ? behind : ranks) & (bit(d) - 1);
         const int at = __popcll(earlier) + (d > c.rank ? 0 : __popcll(behind));
-        routes.way[lane()][at] =
-            c.window[d] + own_rows(p, payload) + int64_t{slot} * payload.bytes;
+        routes.way[lane()][at] = c.window[d] + own_rows(p, payload) + int64_t{slot} * payload.bytes;
       }
       if (t >= 0 && d < c.ep_size) c.token_slots[static_cast<int64_t>(t) * c.ep_size + d] = slot;
       __syncwarp();
