@@ -56,6 +56,7 @@ struct Block {
   Index index;
   std::vector<Warp> warps;
   unsigned arrived = 0, alive = 0, generation = 0;
+  bool votes[2] = {};  // at this barrier, and at the next one
   std::map<const void*, std::unique_ptr<uint8_t[]>> shared;
   std::vector<uint8_t> dynamic;
   std::vector<Store> plain;  // before a barrier
@@ -110,6 +111,7 @@ void complete(Warp& w) {
 void complete(Block& b) {
   b.arrived = 0;
   ++b.generation;
+  b.votes[b.generation % 2] = false;
 }
 
 void body() {
@@ -236,13 +238,15 @@ const uint64_t* exchange(Kind kind, uint64_t value) {
   return w.value[mine % 2];
 }
 
-void block_barrier() {
+bool block_barrier(bool vote) {
   Block& b = *running->block;
   pass_on(*running->warp, b);
   const unsigned mine = b.generation;
+  b.votes[mine % 2] |= vote;
   if (++b.arrived == b.alive) complete(b);
   do yield();
   while (b.generation == mine);
+  return b.votes[mine % 2];
 }
 
 void* shared(const void* key, size_t bytes) {

@@ -35,7 +35,7 @@ enum Kind : int { kShuffle, kVote, kReduce, kWarpBarrier };
 void yield();
 // Every thread of a warp brings a value and gets all of them.
 const uint64_t* exchange(Kind kind, uint64_t value);
-void block_barrier();
+bool block_barrier(bool vote);
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
 // What is stored in these ways is seen late: simt.cc.
@@ -122,7 +122,8 @@ inline uint32_t __reduce_add_sync(unsigned, uint32_t v) {
   return sum;
 }
 inline void __syncwarp() { simt::exchange(simt::kWarpBarrier, 0); }
-inline void __syncthreads() { simt::block_barrier(); }
+inline void __syncthreads() { simt::block_barrier(false); }
+inline int __syncthreads_or(int vote) { return simt::block_barrier(vote != 0); }
 inline void __nanosleep(unsigned) { simt::yield(); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
