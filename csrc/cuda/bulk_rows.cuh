@@ -9,6 +9,7 @@
 
 namespace moe_a2a::cuda {
 
+constexpr int kBulkThreads = 512, kBulkWarps = kBulkThreads / kWarp;
 constexpr int kStepBytes = kWarp * 16;
 
 // A part of a row: columns or bytes of some steps.
@@ -20,29 +21,21 @@ struct Part {
   }
 };
 
-// The parts of tokens [first, last) that a warp takes: one after the other where a source wants
-// them together, else in turn with the other warps.
+// The parts of a tile of tokens that a warp takes: one after the other where a source wants them
+// together, else in turn with the other warps.
 class Parts {
  public:
   __device__ __forceinline__ Parts(const DispatchLaunch& p, int first, int last, bool together)
-      : begins_(first), of_row_(p.parts), steps_(p.steps) {
-    const int warp = threadIdx.x / kWarp, total = max(last - first, 0) * of_row_;
+      : begins_(first), ends_(last), of_row_(p.parts), steps_(p.steps) {
+    const int warp = threadIdx.x / kWarp, total = (last - first) * of_row_;
     at_ = together ? warp * total / kBulkWarps : warp;
     end_ = together ? (warp + 1) * total / kBulkWarps : total;
     stride_ = together ? 1 : kBulkWarps;
     in_tile_ = at_ / p.by_parts;
     index_ = at_ - in_tile_ * of_row_;
   }
-  // Parts [first, last) of token t, which has a row of its own in Routes.
-  __device__ __forceinline__ Parts(const DispatchLaunch& p, int t, int in_tile, int first, int last)
-      : begins_(t - in_tile),
-        of_row_(p.parts),
-        steps_(p.steps),
-        at_(first),
-        end_(last),
-        stride_(1),
-        in_tile_(in_tile),
-        index_(first) {}
+  __device__ __forceinline__ int begins() const { return begins_; }  // of the tile
+  __device__ __forceinline__ int ends() const { return ends_; }
   __device__ __forceinline__ bool more() const { return at_ < end_; }
   __device__ __forceinline__ Part part() const {
     return {begins_ + in_tile_, in_tile_, index_ * steps_, (index_ + 1) * steps_};
@@ -55,7 +48,7 @@ class Parts {
   }
 
  private:
-  int begins_, of_row_, steps_, at_, end_, stride_, in_tile_, index_;
+  int begins_, ends_, of_row_, steps_, at_, end_, stride_, in_tile_, index_;
 };
 
 // fn(window, slot) for each rank of the token; this one last, which has no way to go.

@@ -28,7 +28,6 @@ struct alignas(kLine) State {
   uint32_t failed;              // a kernel gave up: those after it return at once
   uint32_t failing;             // taken by the warp that gives up
   uint32_t units;               // that combine has dealt; dispatch begins it at 0
-  uint32_t pool;                // that dispatch has dealt; combine begins it at 0
   int32_t received[kMaxRanks];  // rows from each source, in the round under way
 };
 
@@ -97,7 +96,7 @@ struct Context {
   Status* status;
   uint64_t* token_ranks;  // [Tmax] mask of the ranks that a token went to
   int32_t* token_slots;   // [Tmax, W] its slot there
-  Chunk* tallies;         // [pairs of ranks and one more, kMostBlocks]
+  Chunk* tallies;         // [pairs of ranks, kMostBlocks]
   int64_t payload, scales, ids, weights, combine, dispatch_inbox;  // offsets
   int64_t extra[kMaxExtras];
   int64_t dispatch_outbox;      // this rank's part of a peer's inbox
@@ -128,16 +127,12 @@ struct DispatchLaunch {
   int32_t share;  // of a block: runs, or tokens in bulk
   int32_t parts;  // that a row is split into, in bulk
   int32_t steps;  // of a warp, in a part
-  // Rows of each block that it leaves to the pool, units of it, in a row and in all; parts of one.
-  int32_t pool_rows, row_units, pool_units, unit_parts;
-  int32_t movers;  // blocks that have rows, in bulk
   // Words of a token's ids, and bytes that they are loaded by, 16, 8 or 4: what their rows are a
   // multiple of. No words where ids go the long way: experts are not shared out evenly, or there
   // are more than 32 ranks.
   int32_t id_words, id_bytes;
   bool everyone;     // is active
   bool odd_choices;  // rows of ids or weights are not int32 and fp32 in whole chunks of 16 bytes
-  FastDivisor by_units, by_movers;
   FastDivisor by_runs, by_parts, by_peers;  // the last: the other ranks
   // Warps of a block that send while the others receive, and nanoseconds that these sleep between
   // polls. 0: all warps send, and then all receive.

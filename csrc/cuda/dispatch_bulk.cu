@@ -2,7 +2,6 @@
 // every block tells every rank that it is through. The receiver unpacks nothing.
 #include "bulk_rows.cuh"
 #include "finish.cuh"
-#include "pool.cuh"
 #include "wait_failed.cuh"
 
 namespace moe_a2a::cuda {
@@ -24,41 +23,13 @@ __device__ __forceinline__ void send_rest(const DispatchLaunch& p, const Routes&
   }
 }
 
-// The tokens of a block: from `kept` on others may send them.
-struct Tokens {
-  int first, kept, last;
-
-  __device__ __forceinline__ explicit Tokens(const DispatchLaunch& p) {
-    const int total = static_cast<int>(p.a.tokens);
-    first = min(static_cast<int>(blockIdx.x) * p.share, total);
-    last = min(first + p.share, total);
-    kept = min(first + p.share - p.pool_rows, last);
-  }
-};
-
-// A tile of them.
-struct Tile {
-  int first, kept, last;
-  bool ends;  // the block's tokens
-
-  __device__ __forceinline__ Tile(const Tokens& tokens, int begins)
-      : first(begins),
-        kept(min(begins + kTile, tokens.kept)),
-        last(min(begins + kTile, tokens.last)),
-        ends(begins + kTile >= tokens.last) {}
-  template <class Source>
-  __device__ __forceinline__ Parts parts(const DispatchLaunch& p) const {
-    return Parts(p, first, kept, Source::kTogether);
-  }
-};
-
-// The slots of a tile are found while the first parts of its rows are loaded and quantized. With
-// the last tile goes what the warp gets of the pool. Where an earlier kernel gave up nothing is
-// sent; but blocks that began before it did may wait for the slots.
+// A tile of tokens. Its slots are found while the first parts of its rows are loaded and quantized.
+// Where an earlier kernel gave up nothing is sent; but later blocks may wait for what this one
+// says.
 template <class Source>
 __device__ __forceinline__ void send_tile(const DispatchLaunch& p, const Operation& op,
-                                          Source& source, Slots& slots, const Tile& tile,
-                                          Parts parts, Routes& routes) {
+                                          Source& source, Slots& slots, Parts parts,
+                                          Routes& routes) {
   bool more = parts.more();
   Part part = parts.part();
   const auto load = [&] {
@@ -73,12 +44,10 @@ __device__ __forceinline__ void send_tile(const DispatchLaunch& p, const Operati
     load();
   }
   source.settle();
-  Pool pool;
 #pragma unroll 1
   for (bool first = true;; first = false) {
     if (more) source.prepare(p, part);
     if (first && !finds) __syncthreads();
-    if (first && tile.ends) Pool::open(p, op.tag);
     if (op.dead) break;
     const Part ready = part;
     const bool any = more;
@@ -88,18 +57,24 @@ __device__ __forceinline__ void send_tile(const DispatchLaunch& p, const Operati
     // Ahead of the stores: where the link is the limit, they wait for it. Not before the slots are
     // known, which would only come later.
     load();
-    if (!more && tile.ends) pool.ask(p);
     if (any) source.send(p, routes, ready, more && part.follows(ready));
     // Behind the first rows: the code is long, and its data are not on their way yet.
-    if (first) send_rest(p, routes, tile.first, tile.last, Source::rest(p));
-    if (more) continue;
-    if (!tile.ends || !pool.take(p, op.tag, routes, parts)) break;
-    part = parts.part();
-    more = true;
-    load();
+    if (first) send_rest(p, routes, parts.begins(), parts.ends(), Source::rest(p));
+    if (!more) break;
   }
-  if (!tile.ends) __syncthreads();  // the next tile overwrites the slots
+  __syncthreads();  // the next tile overwrites the slots
 }
+
+// The tokens of a block.
+struct Tokens {
+  int first, last;
+
+  __device__ __forceinline__ explicit Tokens(const DispatchLaunch& p) {
+    const int total = static_cast<int>(p.a.tokens);
+    first = min(static_cast<int>(blockIdx.x) * p.share, total);
+    last = min(first + p.share, total);
+  }
+};
 
 template <class Source>
 __device__ __forceinline__ void send_rows(const DispatchLaunch& p, const Operation& op,
@@ -107,10 +82,11 @@ __device__ __forceinline__ void send_rows(const DispatchLaunch& p, const Operati
                                           Parts parts, Routes& routes) {
   // At least once: a block without tokens has to say so to the others.
 #pragma unroll 1
-  for (Tile tile(tokens, tokens.first);; parts = tile.parts<Source>(p)) {
-    send_tile(p, op, source, slots, tile, parts, routes);
-    if (tile.ends) return;
-    tile = Tile(tokens, tile.last);
+  for (;;) {
+    send_tile(p, op, source, slots, parts, routes);
+    const int begins = parts.ends();
+    if (begins >= tokens.last) return;
+    parts = Parts(p, begins, min(begins + kTile, tokens.last), Source::kTogether);
   }
 }
 
@@ -147,14 +123,14 @@ __global__ void __launch_bounds__(kBulkThreads, 1)
   MOE_DYNAMIC_SHARED(stages);
   const int block = blockIdx.x, last = gridDim.x - 1, movers = max(last, 1);
   const Tokens tokens(p);
-  const Parts parts = Tile(tokens, tokens.first).parts<Source>(p);
+  const Parts parts(p, tokens.first, min(tokens.first + kTile, tokens.last), Source::kTogether);
   Slots slots(p, tokens.first, tokens.last);
   Source source(p, stages + threadIdx.x / kWarp * Source::kStage);
   const Operation op = begin(p.c, kDispatch);
   source.begin(p);
   if (block < movers) send_rows(p, op, source, tokens, slots, parts, routes);
   if (block == last && !op.dead) announce_tallies(p, op.tag, movers);
-  // Together: a warp that began late may know more than the others, and has sent less.
+  // Together: a warp that begins late may know more than the others, and has sent less.
   if (__syncthreads_or(op.dead)) return;
   announce_block(p);
   scrub_rows(p, op);

@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kMost, 1)
   const bool moves = static_cast<int>(blockIdx.x) < movers;
   const bool finishes = static_cast<int>(blockIdx.x) == last;
   if (moves) Source<Packet, kRun>::send(p, op, route);
-  if (op.dead) return;
+  // The block that announces counts all tokens together, or not at all.
+  if (finishes ? __syncthreads_or(op.dead) != 0 : op.dead) return;
   if (finishes) announce_counts(p, op.tag, p.c.strict, route);
   if (moves) {
     const int warps = blockDim.x / kWarp;

@@ -15,7 +15,6 @@ constexpr int kCombineStep = 512;
 // that push in larger rounds: few, since what they store waits for the link, and with it what
 // others of their multiprocessor load.
 constexpr int kRoundsTogether = 2, kPushers = 2;
-constexpr int kPoolUnits = 3072;  // of a dispatch in bulk, or so
 
 const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -168,16 +167,6 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
   p.steps = static_cast<int32_t>((steps + parts - 1) / parts);
   p.parts = static_cast<int32_t>((steps + p.steps - 1) / p.steps);
   p.by_parts = fast_divisor(p.parts);
-  p.movers = movers(blocks);
-  p.by_movers = fast_divisor(p.movers);
-  // A quarter of the rows, in as many units as one word can count in time.
-  p.pool_rows = p.movers > 1 ? p.share / 4 : 0;
-  const int64_t pooled = int64_t{p.pool_rows} * p.movers * p.parts;
-  p.unit_parts =
-      static_cast<int32_t>(std::clamp<int64_t>((pooled + kPoolUnits - 1) / kPoolUnits, 1, p.parts));
-  p.row_units = (p.parts + p.unit_parts - 1) / p.unit_parts;
-  p.pool_units = p.pool_rows * p.movers * p.row_units;
-  p.by_units = fast_divisor(p.row_units);
   const BulkKernel bulk = dispatch_bulk_kernel(wire_of(p), rows_aligned(p));
   return launch(e, bulk.kernel, {blocks, kThreads, bulk.shared}, &p, stream);
 }
@@ -221,7 +210,7 @@ struct Local {
       : ranks(sizeof(State)),
         slots(ranks + round_up(g.max_tokens * 8, kLine)),
         tallies(slots + round_up(g.max_tokens * g.ep_size * 4, kLine)),
-        end(tallies + (cuda::tallies(static_cast<int>(g.ep_size)) + 1) * kMostBlocks * kChunk) {}
+        end(tallies + cuda::tallies(static_cast<int>(g.ep_size)) * kMostBlocks * kChunk) {}
 };
 
 void place(Context& c, const Endpoint& e) {

@@ -28,7 +28,6 @@ __device__ __forceinline__ void finish_combine(const CombineLaunch& p, const Ope
   if (!await_all(p.c, p.facts, op, false, [](int, int) {})) return;
   if (threadIdx.x % kWarp == 0) {
     p.c.state->dispatch_tag = next_tag(op.tag);
-    p.c.state->pool = 0;
     p.c.state->dispatch_round = op.round + 1;
   }
 }

@@ -13,8 +13,6 @@ namespace moe_a2a::cuda {
 
 // A warp has two ranks at a time: what a block sends to them fits into 16 bytes, with the tag of
 // the operation in front, so that nothing has to be cleared.
-constexpr int kBulkThreads = 512, kBulkWarps = kBulkThreads / kWarp;
-
 struct Counts {
   int32_t of[kTallyRanks] = {};
 };
@@ -63,38 +61,20 @@ __device__ __forceinline__ Counts sum_tallies(const Context& c, uint64_t tag, in
   return sum;
 }
 
+// Of a tile of tokens, in shared memory. A place more in a row than there are ranks keeps lanes
+// apart that each write to one of its own.
+struct Routes {
+  uint64_t ranks[kTile];  // masks
+  int32_t slot[kTile][kMaxRanks + 1];
+  int32_t sent[kMaxRanks];             // to each rank before the tile
+  int32_t ways[kTile];                 // of them, for each token
+  uint8_t* way[kTile][kMaxRanks + 1];  // where its payload goes; to this rank itself last
+};
+
 // Where this rank's rows begin in a window's region of rows of so many bytes.
 __device__ __forceinline__ int64_t own_rows(const DispatchLaunch& p, const Segment& s) {
   return s.region + p.c.rank * p.a.max_rows * s.bytes;
 }
-
-// Where tokens go, in shared memory: those of a tile, and behind them one for each warp. A place
-// more in a row than there are ranks keeps lanes apart that each write to one of its own.
-struct Routes {
-  static constexpr int kRows = kTile + kBulkWarps;
-
-  uint64_t ranks[kRows];  // masks
-  int32_t slot[kRows][kMaxRanks + 1];
-  int32_t sent[kMaxRanks];             // to each rank before the tile
-  int32_t ways[kRows];                 // of them, for each token
-  uint8_t* way[kRows][kMaxRanks + 1];  // where its payload goes; to this rank itself last
-
-  __device__ __forceinline__ void begin(int row, uint64_t mask) {
-    ranks[row] = mask;
-    ways[row] = __popcll(mask);
-  }
-  // The slot in rank d, one of `mask`.
-  __device__ __forceinline__ void set(const DispatchLaunch& p, int row, uint64_t mask, int d,
-                                      int at) {
-    const Context& c = p.c;
-    const Segment& payload = p.segment[kSegmentPayload];
-    const uint64_t behind = mask & ~(2 * bit(c.rank) - 1);  // ranks that come before all others
-    const uint64_t earlier = (d > c.rank ? behind : mask) & (bit(d) - 1);
-    const int index = __popcll(earlier) + (d > c.rank ? 0 : __popcll(behind));
-    slot[row][d] = at;
-    way[row][index] = c.window[d] + own_rows(p, payload) + int64_t{at} * payload.bytes;
-  }
-};
 
 // Slots of a block's tokens [first, last), a tile at a time, a token a lane. Each warp finds those
 // in the ranks of up to two pairs; most warps none. The combine of this round finds the slots in
@@ -137,7 +117,8 @@ class Slots {
       give_slots(p, ranks, pair(i), routes);
     }
     if (warp() == 0) {
-      routes.begin(lane(), ranks);
+      routes.ranks[lane()] = ranks;
+      routes.ways[lane()] = __popcll(ranks);
       if (token(at_) >= 0) p.c.token_ranks[token(at_)] = ranks;
     }
     at_ += kTile;
@@ -208,13 +189,20 @@ class Slots {
   __device__ __forceinline__ void give_slots(const DispatchLaunch& p, uint64_t ranks, int pair,
                                              Routes& routes) const {
     const Context& c = p.c;
+    const Segment& payload = p.segment[kSegmentPayload];
     const int t = token(at_);
+    const uint64_t behind = ranks & ~(2 * bit(c.rank) - 1);  // ranks that come before all others
 #pragma unroll
     for (int k = 0; k < kTallyRanks; ++k) {
       const int d = pair * kTallyRanks + k;
       const unsigned lanes = going(ranks, d);
       const int before = routes.sent[d], slot = before + __popc(lanes & ((1u << lane()) - 1));
-      if ((lanes >> lane() & 1) != 0) routes.set(p, lane(), ranks, d, slot);
+      routes.slot[lane()][d] = slot;
+      if ((lanes >> lane() & 1) != 0) {
+        const uint64_t earlier = (d > c.rank ? behind : ranks) & (bit(d) - 1);
+        const int at = __popcll(earlier) + (d > c.rank ? 0 : __popcll(behind));
+        routes.way[lane()][at] = c.window[d] + own_rows(p, payload) + int64_t{slot} * payload.bytes;
+      }
       if (t >= 0 && d < c.ep_size) c.token_slots[static_cast<int64_t>(t) * c.ep_size + d] = slot;
       __syncwarp();
       if (lane() == 0) routes.sent[d] = before + __popc(lanes);

@@ -198,6 +198,8 @@ def test_replays_after_a_failure_return_at_once():
 
 
 def killed(ranks, victim, phase):
+    opened(ranks, "nvlink", CASE).close()  # a process loads for longer than the limit
+    meet(ranks)
     a2a = opened(ranks, "nvlink", CASE, timeout=LIMIT)
     play(a2a, ranks, CASE, Round(1))
     if phase == "combine":
