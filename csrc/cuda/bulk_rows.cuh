@@ -82,7 +82,7 @@ __device__ __forceinline__ void for_each_way(const Routes& routes, int in_tile, 
 template <bool kAligned>
 class Direct {
  public:
-  static constexpr int kStage = 16;  // bytes of shared memory that a warp needs
+  static constexpr int kStage = 0;  // bytes of shared memory that a warp needs
   static constexpr bool kTogether = false;
 
   __device__ __forceinline__ Direct(const DispatchLaunch&, uint8_t*) {}

@@ -65,7 +65,7 @@ struct Direct {
         const Run<Packet, kRun> run((at - t * p.runs) * kRun);
         Chunk data[kRun];
         if (at < stop) load_run(p, t, run, data);
-        if (!found) tiles.next(p, tile, end, tile == share.first, route, [] {});
+        if (!found) tiles.next(p, tile, end, tile == share.first, route);
         found = true;
         if (at < stop && !op.dead) send_run<Packet, kRun>(p, op.tag, route, t - tile, run, data);
         at += warps;
@@ -170,8 +170,7 @@ struct Staged {
       for (int t = share.first; t < share.last; ++t) {
         const int in_tile = (t - share.first) % kTile;
         take_rest(p, t, image);
-        if (in_tile == 0)
-          tiles.next(p, t, min(t + kTile, share.last), t == share.first, route, [] {});
+        if (in_tile == 0) tiles.next(p, t, min(t + kTile, share.last), t == share.first, route);
         quantize(p, t, global_scale, data, image);
         __syncthreads();
         if (t + 1 < share.last) load(p, t + 1, first(), data);

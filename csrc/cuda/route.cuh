@@ -188,16 +188,13 @@ __device__ __forceinline__ uint64_t look_at_batches(const DispatchLaunch& p, Tok
 
 // The warps of a block count what the tokens before `earlier` send, in `part`; the first warp looks
 // at the tile [first, last) itself and returns the masks of its tokens, a lane each. A barrier
-// must follow before the parts are read, none is needed where `earlier` is 0. `between`: what there
-// is to do while the first ids are on their way.
-template <class Between>
+// must follow before the parts are read, none is needed where `earlier` is 0.
 __device__ __forceinline__ uint64_t look_at_tokens(const DispatchLaunch& p, int earlier, int first,
-                                                   int last, Route& route, Between between) {
+                                                   int last, Route& route) {
   const int warp = threadIdx.x / kWarp;
   const TokenBatch batch{(warp - 1) * kWarp, earlier, first, last};
   EarlyIds ids;
   if (p.id_words != 0) ids.load(p, batch);
-  between();
   if (p.id_words == 0) return look_at_batches<AnyLook>(p, batch, ids, route);
   return p.a.wide_ids ? look_at_batches<QuickLook<true>>(p, batch, ids, route)
                       : look_at_batches<QuickLook<false>>(p, batch, ids, route);
@@ -238,15 +235,13 @@ __device__ __forceinline__ void route_tile(const DispatchLaunch& p, int first, i
 struct Tiles {
   int32_t low = 0, high = 0;  // in the first warp
 
-  // Ends with a barrier. `first_tile`: the earlier tokens are counted too. All warps call
-  // `between`.
-  template <class Between>
+  // Ends with a barrier. `first_tile`: the earlier tokens are counted too.
   __device__ __forceinline__ void next(const DispatchLaunch& p, int first, int last,
-                                       bool first_tile, Route& route, Between between) {
+                                       bool first_tile, Route& route) {
     const int lane = threadIdx.x % kWarp;
     // Later tiles: only the first warp looks, and only at the tile.
     const int earlier = first_tile ? first : 0;
-    const uint64_t ranks = look_at_tokens(p, earlier, first, last, route, between);
+    const uint64_t ranks = look_at_tokens(p, earlier, first, last, route);
     if (earlier > 0) {
       __syncthreads();
       if (threadIdx.x < kWarp) {
@@ -266,7 +261,7 @@ __device__ __forceinline__ void announce_counts(const DispatchLaunch& p, uint64_
   const int total = static_cast<int>(p.a.tokens);
   // Here, and not before the stores, so that it costs no time of its own.
   if (fence && threadIdx.x < kWarp) fence_acq_rel_sys();
-  if (total > 0) look_at_tokens(p, total, total, total, route, [] {});
+  if (total > 0) look_at_tokens(p, total, total, total, route);
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
 #pragma unroll 1
