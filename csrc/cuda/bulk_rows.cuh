@@ -2,15 +2,13 @@
 // token, straight to where the experts read them.
 #pragma once
 
-#include "launch.h"
 #include "quantize.cuh"
 #include "row.cuh"
 #include "tally.cuh"
 
 namespace moe_a2a::cuda {
 
-constexpr int kBulkThreads = 512, kBulkWarps = kBulkThreads / kWarp;
-constexpr int kStepBytes = kWarp * 16;
+constexpr int kBulkWarps = kBulkThreads / kWarp;
 
 // A part of a row: columns or bytes of some steps.
 struct Part {

@@ -152,7 +152,7 @@ const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t str
 }
 
 const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
-  constexpr int kThreads = 512, kWarps = kThreads / 32;
+  constexpr int kWarps = kBulkThreads / 32;
   const bool quantizes = p.a.input >= 0;
   // As many blocks as there are tokens, or padding rows to scrub.
   const int64_t work = std::max(p.a.tokens, e.geometry.ep_size * p.a.max_rows / kWarps) + 1;
@@ -168,7 +168,7 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
   p.parts = static_cast<int32_t>((steps + p.steps - 1) / p.steps);
   p.by_parts = fast_divisor(p.parts);
   const BulkKernel bulk = dispatch_bulk_kernel(wire_of(p), rows_aligned(p));
-  return launch(e, bulk.kernel, {blocks, kThreads, bulk.shared}, &p, stream);
+  return launch(e, bulk.kernel, {blocks, kBulkThreads, bulk.shared}, &p, stream);
 }
 
 // Steps of a warp, 512 bytes of a plain row or columns of a quantized one, are moved in runs: as

@@ -15,7 +15,6 @@
 namespace moe_a2a::cuda {
 
 constexpr uint32_t kUnwritten = ~0u;
-constexpr int kStepBytes = kWarp * 16;
 
 __device__ __forceinline__ uint8_t* inbox_row(const CombineLaunch& p, int owner, int from,
                                               int slot) {

@@ -12,7 +12,8 @@ constexpr int kSmallRanks = 32;
 // Where a warp would have more runs to receive than kUndividedRuns, kSenders of a block's 16 send
 // and the others receive. kNap: nanoseconds between polls of warps that only wait.
 constexpr int kUndividedRuns = 2, kSenders = 8, kNap = 50;
-constexpr int kDirectSteps = 4;  // of a warp, that are in flight in dispatch_bulk at most
+constexpr int kBulkThreads = 512;  // of a block of dispatch_bulk
+constexpr int kDirectSteps = 4;    // of a warp, that are in flight in dispatch_bulk at most
 constexpr int kQuantizedSteps = 2;
 
 // `many`: more than kSmallTokens, or rows to receive for which warps divide the work; 512 threads.

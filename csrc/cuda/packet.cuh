@@ -14,6 +14,7 @@ namespace moe_a2a::cuda {
 #endif
 
 constexpr int kWarp = 32;
+constexpr int kStepBytes = kWarp * 16;  // that a warp moves by one instruction, at most
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int64_t kStrip = 2 * kCell;  // bytes of a warp's step through an inbox
 

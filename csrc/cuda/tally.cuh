@@ -1,12 +1,13 @@
 // Slots in a large round. A block looks at the ids of its own tokens alone, and says in the rank's
 // own memory how many of them go where; the blocks after it add that up. Were each to count all
 // earlier tokens itself, the ids would be read once a block, from the same few lines of the L2 by
-// all multiprocessors at once: 1.4 us at 1,024 tokens, 3.6 at 4,096.
+// all multiprocessors at once.
 //
 // What a block says depends on nothing but its tokens, and the blocks of a grid are resident
 // together: whoever waits for it, waits for something that comes.
 #pragma once
 
+#include "launch.h"
 #include "route.cuh"
 
 namespace moe_a2a::cuda {
@@ -126,6 +127,7 @@ class Slots {
 
  private:
   static constexpr int kPairs = 2, kOctets = 2;
+  static_assert(kBulkThreads / kWarp * kPairs * kTallyRanks == kMaxRanks, "each has its warp");
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
   static __device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }

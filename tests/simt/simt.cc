@@ -306,8 +306,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     fibers[i] = {nullptr, &b, &b.warps[thread / kLanes], thread, false};
     prepare(fibers[i], stacks + i * kStack);
   }
-  for (unsigned left = threads; left != 0;) {
+  // Of the grid, from the end if negative: another kernel's failure is seen from this warp on.
+  const char* fails = std::getenv("MOE_SIMT_FAILS_BEFORE_WARP");
+  const int warps = static_cast<int>(threads / kLanes), wanted = fails ? std::atoi(fails) : warps;
+  const int failing = wanted < 0 ? wanted + warps : wanted;
+  bool first = true;
+  for (unsigned left = threads; left != 0; first = false) {
     for (unsigned warp = 0; warp < threads; warp += kLanes) {
+      if (first && static_cast<int>(warp / kLanes) == failing)
+        static_cast<const moe_a2a::cuda::Context*>(params)->state->failed = 1;
       for (unsigned lane = kLanes; lane-- > 0;) {
         Fiber& f = fibers[warp + lane];
         if (f.done) continue;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -268,6 +270,36 @@ def one_stays_away(ranks):
             torch.distributed.barrier(ranks.group)
             a2a.reset()
             play(a2a, ranks, case, Round(2, rows=rows))
+
+
+@pytest.mark.parametrize(
+    ("case", "warp"),
+    [
+        (Case(2, hidden=17536, capacity=120), 8),
+        (Case(2, capacity=500, wire="mxfp8", hidden=256), -1),
+    ],
+    ids=["bulk", "packets"],
+)
+def test_a_block_that_is_dead_in_part_announces_nothing(pool, case, warp):
+    """A warp that begins late sees that the rank has given up: it sends less than the others."""
+    pool.run(dead_in_part, case, warp, ranks=2)
+
+
+def dead_in_part(ranks, case, warp):
+    register()
+    with AllToAll(case.spec(), ranks.group, backend="simt", timeout=1, max_blocks=1) as a2a:
+        play(a2a, ranks, case, Round(1))
+        if ranks.rank == 0:
+            os.environ["MOE_SIMT_FAILS_BEFORE_WARP"] = str(warp)
+        try:
+            a2a.dispatch(*inputs(case, case.capacity))
+        finally:
+            os.environ.pop("MOE_SIMT_FAILS_BEFORE_WARP", None)
+        if ranks.rank == 1:
+            with pytest.raises(PeerTimeout) as caught:
+                a2a.check()
+            assert caught.value.ranks == (0,)
+        torch.distributed.barrier(ranks.group)
 
 
 def test_ranks_that_disagree_both_hear_of_it(pool):
