@@ -36,18 +36,22 @@ __device__ __forceinline__ void send_tile(const DispatchLaunch& p, const Operati
     if (more) source.load(p, part);
   };
   const bool finds = Slots::finds(p);
-  if (finds) {
+  if (finds)
     // Ids first: behind the loads of the rows they would wait until half of these have come.
     slots.find(p, op.tag, routes, load);
-    __syncthreads();  // the others' is below: they are not kept waiting by these warps' first parts
-  } else {
+  else
     load();
-  }
   source.settle();
+  // Warps that find slots prepare their first part once all have met, the others before.
+  bool met = false;
 #pragma unroll 1
-  for (bool first = true;; first = false) {
-    if (more) source.prepare(p, part);
-    if (first && !finds) __syncthreads();
+  for (bool first = true;;) {
+    if ((met || !finds) && more) source.prepare(p, part);
+    if (!met) {
+      __syncthreads();
+      met = true;
+      if (finds) continue;
+    }
     if (op.dead) break;
     const Part ready = part;
     const bool any = more;
@@ -60,6 +64,7 @@ __device__ __forceinline__ void send_tile(const DispatchLaunch& p, const Operati
     if (any) source.send(p, routes, ready, more && part.follows(ready));
     // Behind the first rows: the code is long, and its data are not on their way yet.
     if (first) send_rest(p, routes, parts.begins(), parts.ends(), Source::rest(p));
+    first = false;
     if (!more) break;
   }
   __syncthreads();  // the next tile overwrites the slots
