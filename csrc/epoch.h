@@ -11,6 +11,11 @@ namespace moe_a2a {
 // never an epoch.
 MOE_HD uint32_t next_epoch(uint32_t epoch) { return epoch + 1 == 0 ? 1 : epoch + 1; }
 
+// Of two operations that ranks of one generation are in, so far less than half of all apart.
+MOE_HD bool is_later(uint32_t epoch, uint32_t than) {
+  return static_cast<int32_t>(epoch - than) > 0;
+}
+
 enum Phase : uint32_t { kIdle = 0, kDispatch = 1, kCombineOp = 2 };
 
 // What a source says of its round; the receiver compares everything but count with its own.
@@ -31,9 +36,12 @@ struct alignas(kLine) Arrival {
 };
 static_assert(sizeof(Arrival) == kLine, "one line each: two sources never share one");
 
-// A rank that gives a round up tells its peers why: whom it missed, or that it disagrees with one.
+// A rank that gives an operation up tells its peers why: whom it missed, or that it disagrees with
+// one. It will send nothing more, so a peer that waits in this operation or a later one waits in
+// vain; but for an earlier one it has sent all, and what others owe may be on its way.
 struct alignas(kLine) Post {
   uint32_t generation;  // stored last, with release
+  uint32_t epoch;       // of the operation
   uint32_t disagrees;
   uint64_t missing;
   RoundFacts facts;

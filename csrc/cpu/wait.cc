@@ -82,10 +82,12 @@ uint64_t missing_ranks(const Endpoint& e, ControlRow row) {
   return missing;
 }
 
-uint64_t posters(const Endpoint& e) {
+// Ranks that have given up; `by_now`: in the operation under way or before it.
+uint64_t posters(const Endpoint& e, bool by_now) {
   uint64_t mask = 0;
   for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
-    if (load_acquire(e.line<Post>(e.rank, kPost, peer).generation) == e.generation)
+    const Post& post = e.line<Post>(e.rank, kPost, peer);
+    if (load_acquire(post.generation) == e.generation && !(by_now && is_later(post.epoch, e.epoch)))
       mask |= uint64_t{1} << peer;
   });
   return mask;
@@ -96,6 +98,7 @@ void post_all(Endpoint& e, uint64_t missing, bool disagrees) {
   for (int peer = 0; peer < e.geometry.ep_size; ++peer) {
     if (peer == e.rank || e.window[peer] == nullptr) continue;
     Post& post = e.line<Post>(peer, kPost, e.rank);
+    post.epoch = e.epoch;
     post.missing = missing;
     post.disagrees = disagrees;
     post.facts = e.facts;
@@ -111,7 +114,7 @@ void expire(Endpoint& e, ControlRow row) {
   post_all(e, mine, false);
   uint64_t posted = 0, missed = mine;
   wait_for(e, kGraceNs, [&] {
-    posted = posters(e);
+    posted = posters(e, false);
     for_each_rank(posted, [&](int peer) { missed |= e.line<Post>(e.rank, kPost, peer).missing; });
     return (e.facts.active & ~self & ~posted) == 0;
   });
@@ -149,7 +152,7 @@ bool check_facts(Endpoint& e, ControlRow row) {
 
 // Why peers gave the round up, if it was for a disagreement and not for a missing rank.
 bool heard_of_disagreement(Endpoint& e) {
-  for_each_rank(posters(e), [&](int peer) {
+  for_each_rank(posters(e, true), [&](int peer) {
     const Post& post = e.line<Post>(e.rank, kPost, peer);
     if (post.disagrees && e.failure.kind == kNoFailure) disagree(e, peer, post.facts);
   });
@@ -174,12 +177,11 @@ void announce(Endpoint& e, ControlRow row, const int32_t* counts) {
 }
 
 Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns) {
-  // A peer's post is looked at only while this rank lacks something: the peer will send nothing
-  // more in this generation, so waiting on is pointless.
+  // A peer's post is looked at only while this rank lacks something.
   const auto settled = [&] { return missing_ranks(e, row) == 0; };
   const int64_t left = e.timeout_ns - since_ns(e.wait_start);
   const bool woken = wait_for(e, std::clamp<int64_t>(left, 0, slice_ns),
-                              [&] { return settled() || posters(e) != 0; });
+                              [&] { return settled() || posters(e, true) != 0; });
   if (settled()) return check_facts(e, row) ? kDone : kFailed;
   if (!woken && left > slice_ns) return kPending;
   if (!heard_of_disagreement(e)) expire(e, row);

@@ -21,16 +21,31 @@ struct Posts {
   bool excluded = false;
 };
 
-__device__ inline Posts read_posts(const Context& c, uint64_t active, uint32_t generation) {
+// What a post says to a rank in operation `tag`.
+struct Notice {
+  bool given_up;  // in this generation
+  bool by_now;    // in this operation or before it
+  bool excluded;  // a reset has left this rank out: no operation has epoch 0
+
+  __device__ __forceinline__ Notice(const Post* post, uint64_t tag) {
+    const uint32_t seen = load_acquire_sys(&post->generation), own = generation_of(tag);
+    const uint32_t epoch = *const_cast<const volatile uint32_t*>(&post->epoch);
+    given_up = seen == own;
+    by_now = given_up && !is_later(epoch, epoch_of(tag));
+    excluded = seen > own && epoch == 0;
+  }
+};
+
+__device__ inline Posts read_posts(const Context& c, uint64_t active, uint64_t tag) {
   Posts p;
   for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
     if (peer == c.rank) continue;
     const auto* post = reinterpret_cast<const Post*>(c.control(c.rank, kPost, peer));
-    const uint32_t seen = load_acquire_sys(&post->generation);
-    if (seen > generation) p.excluded = true;
-    if (seen != generation) continue;
+    const Notice notice(post, tag);
+    p.excluded |= notice.excluded;
+    if (!notice.given_up) continue;
     const auto* words = reinterpret_cast<const volatile Post*>(post);
-    if (words->disagrees != 0) p.disagree |= bit(peer);
+    if (words->disagrees != 0 && notice.by_now) p.disagree |= bit(peer);
     if ((active >> peer & 1) == 0) continue;
     const uint64_t missing = words->missing;
     p.posted |= bit(peer);
@@ -46,15 +61,16 @@ __device__ inline Posts read_posts(const Context& c, uint64_t active, uint32_t g
 }
 
 // Also to ranks that this one takes for inactive: they may see that differently.
-__device__ inline void post_to_all(const Context& c, const RoundFacts& facts, uint32_t generation,
+__device__ inline void post_to_all(const Context& c, const RoundFacts& facts, uint64_t tag,
                                    uint64_t missing, bool disagrees) {
   for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
     if (peer == c.rank || c.window[peer] == nullptr) continue;
     auto* post = reinterpret_cast<Post*>(c.control(peer, kPost, c.rank));
+    post->epoch = epoch_of(tag);
     post->missing = missing;
     post->disagrees = disagrees;
     post->facts = facts;
-    store_release_sys(&post->generation, generation);
+    store_release_sys(&post->generation, generation_of(tag));
   }
   __syncwarp();
 }
@@ -87,10 +103,9 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
   const int lane = threadIdx.x % kWarp;
   uint32_t taken = lane == 0 ? atomicExch(&c.state->failing, 1u) : 0;
   if (__shfl_sync(kAllLanes, taken, 0) != 0) return;
-  const uint32_t generation = generation_of(op.tag);
   const uint64_t self = bit(c.rank);
   uint64_t missing = missing_ranks(c, facts, op.tag) | (suspects & ~self);
-  Posts posts = read_posts(c, facts.active, generation);
+  Posts posts = read_posts(c, facts.active, op.tag);
   StatusKind kind = posts.excluded ? kExcluded : kPeerTimeout;
   RoundFacts theirs = facts;
   int peer = disagrees_with;
@@ -101,13 +116,13 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
     theirs = reinterpret_cast<const Post*>(c.control(c.rank, kPost, peer))->facts;
   }
   if (peer >= 0 && kind == kPeerTimeout) kind = kMismatch;
-  post_to_all(c, facts, generation, kind == kPeerTimeout ? missing : 0, kind == kMismatch);
+  post_to_all(c, facts, op.tag, kind == kPeerTimeout ? missing : 0, kind == kMismatch);
   if (kind == kPeerTimeout) {
     const uint64_t posted_at = nanoseconds();
     // The lanes read the time one after the other: they have to agree on whether it is over.
     while ((facts.active & ~self & ~posts.posted) != 0 &&
            __all_sync(kAllLanes, elapsed(posted_at, nanoseconds()) < kGraceNs))
-      posts = read_posts(c, facts.active, generation);
+      posts = read_posts(c, facts.active, op.tag);
     const uint64_t mine = missing;
     missing = (missing | posts.missed) & ~posts.posted & ~self;
     if (missing == 0) missing = posts.accusers != 0 ? self : mine;
@@ -134,7 +149,7 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
 }
 
 // The time, and whether others have given up. A peer's post is looked at only here, so only while
-// this rank lacks something: the peer will send nothing more in this generation.
+// this rank lacks something.
 static __device__ __noinline__ uint64_t look_around(const Context& c, const RoundFacts& facts,
                                                     Operation op, uint64_t start,
                                                     uint64_t suspects) {
@@ -142,11 +157,11 @@ static __device__ __noinline__ uint64_t look_around(const Context& c, const Roun
   if (__any_sync(kAllLanes, given_up)) return 0;
   const uint64_t now = nanoseconds();
   if (start == 0) start = now;
-  const uint32_t generation = generation_of(op.tag);
   bool posted = false;
   for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
-    const auto* post = reinterpret_cast<const volatile Post*>(c.control(c.rank, kPost, peer));
-    posted |= post->generation >= generation;
+    const auto* post = reinterpret_cast<const Post*>(c.control(c.rank, kPost, peer));
+    const Notice notice(post, op.tag);
+    posted |= notice.by_now || notice.excluded;
   }
   const bool over = elapsed(start, now) > c.timeout_ns;
   if (!__any_sync(kAllLanes, posted || over)) return start;
