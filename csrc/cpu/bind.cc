@@ -1,5 +1,4 @@
 // The edge of the CPU library: checks tensors, fills the argument structs, calls the launchers.
-#include "../routing.h"
 #include "../tensors.h"
 #include "endpoint.h"
 #include "meet.h"
@@ -41,28 +40,24 @@ ffi::Array<NamedRegion> workspace_regions(Numbers numbers) {
   return table;
 }
 
+std::vector<uint8_t*> addresses(const Numbers& windows) {
+  std::vector<uint8_t*> out;
+  for (int64_t address : windows) out.push_back(reinterpret_cast<uint8_t*>(address));
+  return out;
+}
+
 ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numbers windows,
                              int64_t timeout_ns, int64_t spin_ns, int64_t cached) {
+  const Geometry g = geometry_from(geometry);
+  require(g.ep_size <= kMaxRanks, "ep_size in 1..64");
+  require(static_cast<int64_t>(windows.size()) == g.ep_size, "one window per rank");
+  require(rank >= 0 && rank < g.ep_size, "rank in 0..ep_size-1");
   auto object = ffi::make_object<EndpointObj>();
   Endpoint& e = object->endpoint;
-  e.geometry = geometry_from(geometry);
-  require(e.geometry.ep_size <= kMaxRanks, "ep_size in 1..64");
-  e.layout = make_layout(e.geometry);
-  e.shape = shape_from(shape, e.geometry);
-  require(static_cast<int64_t>(windows.size()) == e.geometry.ep_size, "one window per rank");
-  require(rank >= 0 && rank < e.geometry.ep_size, "rank in 0..ep_size-1");
-  e.rank = static_cast<int>(rank);
+  open_endpoint(e, g, shape_from(shape, g), static_cast<int>(rank), addresses(windows));
   e.timeout_ns = timeout_ns;
   e.spin_ns = spin_ns;
   e.cached = cached;
-  for (int64_t address : windows) e.window.push_back(reinterpret_cast<uint8_t*>(address));
-  e.owner.resize(e.geometry.num_experts);
-  for (int64_t x = 0; x < e.geometry.num_experts; ++x)
-    e.owner[x] =
-        static_cast<uint8_t>(owner_of_expert(x, e.geometry.num_experts, e.geometry.ep_size));
-  e.ranks_of_token.resize(e.geometry.max_tokens);
-  e.scratch.resize(round_up(e.geometry.payload_bytes, kLine) +
-                   round_up(e.geometry.scale_bytes, kLine));
   return ffi::ObjectRef(object);
 }
 
@@ -112,26 +107,15 @@ Numbers failure_record(ffi::ObjectRef handle) {
               f.peer};
   push_facts(out, f.mine);
   push_facts(out, f.theirs);
-  for (int peer = 0; peer < e.geometry.ep_size; ++peer) {
-    int64_t ago = -1;
-    for (ControlRow row : {kArriveDispatch, kArriveCombine}) {
-      const uint32_t seen = e.line<Arrival>(e.rank, row, peer).epoch;
-      const int64_t behind = static_cast<int32_t>(e.epoch - seen);
-      if (seen != 0 && (ago < 0 || behind < ago)) ago = behind;
-    }
-    out.push_back(ago);
-  }
+  for (int peer = 0; peer < e.geometry.ep_size; ++peer) out.push_back(operations_since(e, peer));
   return out;
 }
 
-// A new generation over fresh, zeroed windows.
 void restart(ffi::ObjectRef handle, Numbers windows, int64_t epoch, int64_t generation) {
   Endpoint& e = endpoint_of(handle);
-  for (size_t i = 0; i < windows.size(); ++i) e.window[i] = reinterpret_cast<uint8_t*>(windows[i]);
-  e.epoch = static_cast<uint32_t>(epoch);
-  e.generation = static_cast<uint32_t>(generation);
-  e.failure = {};
-  e.facts = {};
+  require(static_cast<int64_t>(windows.size()) == e.geometry.ep_size, "one window per rank");
+  restart_endpoint(e, addresses(windows), static_cast<uint32_t>(epoch),
+                   static_cast<uint32_t>(generation));
 }
 
 Numbers position(ffi::ObjectRef handle) {

@@ -146,6 +146,7 @@ RowReducer row_reducer(int wire, int scalar) {
 void push(Endpoint& e, const CombineArgs& a, int source, Copy copy) {
   const RowQuantizer quantizer = row_quantizer(e.shape.combine_wire, a.scalar);
   const int64_t rows = e.received[source], row_bytes = e.geometry.combine_bytes;
+  if (rows == 0) return;  // an empty y has no address that anything could be added to
   const uint8_t* y = a.y + source * a.source_stride;
   uint8_t* inbox = e.inbox_row(source, e.rank, 0);
   if (quantizer == nullptr && a.row_stride == row_bytes) {
@@ -161,6 +162,7 @@ void push(Endpoint& e, const CombineArgs& a, int source, Copy copy) {
 }
 
 void reduce(Endpoint& e) {
+  if (e.tokens == 0) return;  // y may be empty, see push()
   const CombineArgs& a = e.combine;
   const bool quantized = row_quantizer(e.shape.combine_wire, a.scalar) != nullptr;
   const RowReducer reducer = row_reducer(e.shape.combine_wire, a.scalar);

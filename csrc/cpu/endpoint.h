@@ -97,6 +97,13 @@ inline void for_each_rank(uint64_t mask, F f) {
   for (; mask != 0; mask &= mask - 1) f(__builtin_ctzll(mask));
 }
 
+// endpoint.cc
+void open_endpoint(Endpoint& e, const Geometry& geometry, const Shape& shape, int rank,
+                   std::vector<uint8_t*> windows);
+// A new generation over fresh, zeroed windows; null for a rank that takes no part.
+void restart_endpoint(Endpoint& e, std::vector<uint8_t*> windows, uint32_t epoch,
+                      uint32_t generation);
+
 // The two operations and the rest of one whose status was kPending. Each waits for at most
 // `slice_ns`, so that the caller gets to look at signals.
 Status dispatch(Endpoint& e, const DispatchArgs& args, int64_t slice_ns);
@@ -107,5 +114,7 @@ Status finish_combine(Endpoint& e, int64_t slice_ns);
 // wait.cc
 void announce(Endpoint& e, ControlRow row, const int32_t* counts);
 Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns);
+// How many operations ago `peer` was last heard of, -1 for never.
+int64_t operations_since(const Endpoint& e, int peer);
 
 }  // namespace moe_a2a::cpu

@@ -188,4 +188,15 @@ Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns) {
   return kFailed;
 }
 
+int64_t operations_since(const Endpoint& e, int peer) {
+  int64_t ago = -1;
+  for (ControlRow row : {kArriveDispatch, kArriveCombine}) {
+    // Whoever is missed may come just now: a plain load would race with its announcement.
+    const uint32_t seen = load_acquire(e.line<Arrival>(e.rank, row, peer).epoch);
+    const int64_t behind = static_cast<int32_t>(e.epoch - seen);
+    if (seen != 0 && (ago < 0 || behind < ago)) ago = behind;
+  }
+  return ago;
+}
+
 }  // namespace moe_a2a::cpu
