@@ -4,11 +4,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 ROUTING := benchmarks/routing_bytes_e256_k8.npz
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cc)
+CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh \
+  tests/simt/*.h tests/simt/*.cc tests/sanitize/*.h tests/sanitize/*.cc)
 # Arguments of the benchmark: make bench ARGS="--ranks 4 --wire all"
 ARGS ?=
 
-.PHONY: bench test check compile format clean
+.PHONY: bench test check compile sanitize format clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -39,6 +40,10 @@ format: $(INSTALLED)
 # Every CUDA source for every architecture, without a GPU.
 compile: $(INSTALLED)
 	$(RUN) -m moe_a2a._build
+
+# Rounds of the CPU kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(INSTALLED)
+	$(RUN) -m tests.sanitize $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis
