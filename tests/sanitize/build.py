@@ -89,14 +89,16 @@ def apply(change: Change, path: Path) -> None:
 
 def _command(sanitizer: Sanitizer, source: Path) -> list[str]:
     flags = [*FLAGS.split(), f"-fsanitize={sanitizer.name}", *sanitizer.flags.split()]
-    return [*shlex.split(cpu_compiler()), *flags, f"-I{source}"]
+    # Reports name a file as the repository does, also where it was compiled from a changed copy.
+    names = [f"-ffile-prefix-map={root}/=" for root in (source.parent, HERE.parents[1])]
+    return [*shlex.split(cpu_compiler()), *flags, *names, f"-I{source}"]
 
 
 def _compile(command: list[str], unit: Path, version: str) -> tuple[Path, bool]:
     command = [*command, "-include", str(HERE / "visible_stores.h")]
     # A change of one header compiles what includes it, wherever this copy of the sources lies.
     rule = run([*command, "-MM", str(unit)]).replace("\\\n", " ")
-    facts = [version, *(part for part in command if not part.startswith("-I"))]
+    facts = [version, *(part for part in command if not part.startswith(("-I", "-ffile-p")))]
     digest = hashlib.sha256("\0".join(facts).encode())
     for path in map(Path, rule.partition(":")[2].split()):
         digest.update(path.name.encode() + path.read_bytes())

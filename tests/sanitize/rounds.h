@@ -14,6 +14,8 @@ enum class Input {
   kDefer,     // bf16 instead of a quantized wire
 };
 
+enum Routing : int { kAnywhere, kNowhere, kHot, kInRange, kRoutings };
+
 struct Round {
   int64_t seed;
   int64_t rows;  // R
@@ -22,7 +24,7 @@ struct Round {
   Input input;
   int scalar;          // of x where it is quantized
   int combine_scalar;  // of y and out
-  int routing;
+  Routing routing;
   bool wide_ids, strided;
   double global_scale;
   int64_t slice_ns;

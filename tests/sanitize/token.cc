@@ -7,8 +7,6 @@ namespace {
 
 using namespace moe_a2a;
 
-enum Routing : int { kAnywhere, kNowhere, kHot, kInRange, kRoutings };
-
 template <class T>
 void append(Bytes& out, T value) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(&value);
@@ -62,7 +60,7 @@ Round round_of(const Setup& s, int64_t n) {
                      : s.combine_wire == kFp16 ? kScalarFp16
                      : s.combine_wire == kFp32 ? kScalarFp32
                                                : static_cast<int>(pick(5, 3));
-  r.routing = n % 4 == 0 ? static_cast<int>(pick(6, kRoutings)) : kAnywhere;
+  r.routing = n % 4 == 0 ? static_cast<Routing>(pick(6, kRoutings)) : kAnywhere;
   r.wide_ids = pick(7, 2) == 0;
   r.strided = pick(8, 2) == 0;
   r.global_scale = s.wire == kNvfp4 && pick(9, 2) == 0 ? 2 : 1;

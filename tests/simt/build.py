@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moe_a2a._build import cache_directory, source_directory
+from moe_a2a._build import cache_directory, cpu_compiler, source_directory
 
 HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -DMOE_SIMT -Wall"
@@ -31,7 +32,8 @@ def build() -> Path:
     ffi = Path(tvm.find_libtvm_ffi())
     includes = [flag for path in tvm.include_paths() for flag in ("-isystem", str(path))]
     flags = [*FLAGS.split(), f"-I{HERE}", f"-I{source}", *includes]
-    digest = hashlib.sha256(f"{FLAGS} {ffi}".encode())
+    compiler = shlex.split(cpu_compiler())  # CXX may have sanitizers in it: CONTRIBUTING.md
+    digest = hashlib.sha256(f"{compiler} {FLAGS} {ffi}".encode())
     for path in sorted([*source.glob("*.h"), *(source / "cuda").iterdir(), *HERE.iterdir()]):
         if path.is_file():
             digest.update(path.read_bytes())
@@ -44,7 +46,7 @@ def build() -> Path:
         def compile_one(path: Path) -> str:
             out = f"{scratch}/{path.name}.o"
             kernels = ["-include", str(HERE / "simt.h")] if path.suffix == ".cu" else []
-            run("g++", *flags, *kernels, "-x", "c++", "-c", str(path), "-o", out)
+            run(*compiler, *flags, *kernels, "-x", "c++", "-c", str(path), "-o", out)
             return out
 
         paths = [*(source / "cuda" / name for name in UNITS), HERE / "simt.cc"]
@@ -52,7 +54,7 @@ def build() -> Path:
             objects = list(pool.map(compile_one, paths))
         rpath = f"-Wl,-rpath,{ffi.parent}"
         made = f"{scratch}/simt.so"
-        run("g++", "-shared", *objects, f"-L{ffi.parent}", "-ltvm_ffi", rpath, "-o", made)
+        run(*compiler, "-shared", *objects, f"-L{ffi.parent}", "-ltvm_ffi", rpath, "-o", made)
         Path(made).rename(target)
     return target
 

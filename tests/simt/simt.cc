@@ -28,6 +28,12 @@
 
 #include "cuda/context.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#endif
+
 namespace simt {
 
 Index thread_index, block_index, block_size, grid_size;
@@ -127,6 +133,8 @@ void body() {
 }
 
 void prepare(Fiber& f, uint8_t* stack) {
+  // A thread ends without returning, so what AddressSanitizer knows of its frames is still there.
+  ASAN_UNPOISON_MEMORY_REGION(stack, kStack);
   auto* top = reinterpret_cast<void**>(stack + kStack);
   *--top = nullptr;  // keeps the stack aligned as a call leaves it
   *--top = reinterpret_cast<void*>(body);
