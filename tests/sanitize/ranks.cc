@@ -80,7 +80,7 @@ Window::~Window() {
 }
 
 Rank::Rank(const Setup& s, int rank, const std::vector<uint8_t*>& windows)
-    : setup(s), lobby_(windows) {
+    : setup(s), lobby_(windows), seen_(windows.size()) {
   const Widths widths = s.widths();
   const Geometry g = geometry_of(s);
   const Shape shape{s.hidden,       widths.padded, widths.payload, widths.scales, s.wire,
@@ -114,8 +114,9 @@ void Rank::reset(uint64_t members) {
   cpu::for_each_rank(others, [&](int peer) {
     int64_t words[cpu::kMeetWords] = {};
     while (cpu::read_words(cpu::meet_line(address(lobby_[self]), setup.ranks, peer), words),
-           words[0] != attempt_)
+           words[0] <= seen_[peer])
       std::this_thread::sleep_for(std::chrono::microseconds(200));
+    seen_[peer] = words[0];
     epoch = std::max(epoch, static_cast<uint32_t>(words[1]));
     generation = std::max(generation, static_cast<uint32_t>(words[2]));
     windows[peer] = reinterpret_cast<uint8_t*>(words[3]);

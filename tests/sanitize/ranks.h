@@ -63,6 +63,7 @@ class Rank {
   const std::vector<uint8_t*> lobby_;
   std::vector<std::unique_ptr<Window>> fresh_;  // a rank left behind may still write to old ones
   int64_t attempt_ = 0;
+  std::vector<int64_t> seen_;  // [W] the attempt by which each rank was met last
 };
 
 // What has been looked at, over all threads: a run in which nothing was is no success.
