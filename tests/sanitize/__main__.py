@@ -5,6 +5,7 @@ python -m tests.sanitize [thread] [address,undefined]
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,11 @@ def watch(sanitizer: Sanitizer) -> int:
         compiled = build(sanitizer, Path(scratch) / "rounds")
         say(f"{compiled} units compiled, {time.monotonic() - start:.1f} s")
         start = time.monotonic()
-        done = play(sanitizer, Path(scratch) / "rounds", ROUNDS)
+        try:
+            done = play(sanitizer, Path(scratch) / "rounds", ROUNDS)
+        except subprocess.TimeoutExpired as error:
+            say(f"FAILED: the ranks still wait after {error.timeout:.0f} s")
+            return 1
     took = f"{time.monotonic() - start:.1f} s"
     said = done.stdout.strip()
     if done.returncode or not said.startswith("ok:"):
