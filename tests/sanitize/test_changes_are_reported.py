@@ -65,8 +65,14 @@ CHANGES = {
 }  # fmt: skip
 
 
+# Each compiles everything anew: `make test` takes one of each kind.
+QUICK = ("rows announced without a release", "a row too many is scrubbed")
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CHANGES]
+)
 def test_it_is_reported(name, tmp_path):
     kind, report, *changes = CHANGES[name]
     sanitizer = SANITIZERS[kind]
