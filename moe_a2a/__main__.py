@@ -1,4 +1,4 @@
-"""``python -m moe_a2a bench | plan | doctor``."""
+"""``python -m moe_a2a bench | plan | doctor | merge-traces``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         from moe_a2a.bench.doctor import print_diagnosis
 
         return 0 if print_diagnosis() else _FAILED
+    if arguments.command == "merge-traces":
+        return _merge_traces(arguments.out, arguments.files)
     if arguments.command == "bench" and arguments.replot is not None:
         from moe_a2a.bench.command import replot
 
@@ -87,6 +89,17 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def _merge_traces(out: str, files: Sequence[str]) -> int:
+    from moe_a2a.timeline import merge
+
+    try:
+        events = merge(out, files)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"one of {', '.join(files)} is no trace of moe_a2a: {error}") from None
+    print(f"{events:,} events of {len(files)} traces in {out}: open it in ui.perfetto.dev")
+    return 0
+
+
 def _geometry(arguments: argparse.Namespace) -> Geometry:
     """The preset with what was given besides; another name where it is no longer the model's."""
     chosen = PRESETS[arguments.preset]
@@ -108,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands.add_parser("bench", help="check, then time, on ranks of this host"))
     _add_plan(commands.add_parser("plan", help="memory and link bytes of a geometry"))
     commands.add_parser("doctor", help="versions, backends and a test round")
+    traces = commands.add_parser("merge-traces", help="one trace of what several ranks wrote")
+    traces.add_argument("out", metavar="OUT", help="the file to write")
+    traces.add_argument("files", metavar="FILE", nargs="+", help="of MOE_A2A_TRACE, or save_trace")
     return parser
 
 

@@ -21,9 +21,11 @@ from moe_a2a.errors import MoeA2AError, PayloadError, PeerTimeout, StateError
 from moe_a2a.group import Group
 from moe_a2a.outputs import Outputs
 from moe_a2a.received import delivered
+from moe_a2a.timeline import Timeline, save_in, trace_directory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     import torch.distributed as dist
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
+    from moe_a2a.timeline import WaitTimes
 
 __all__ = ["AllToAll"]
 
@@ -54,7 +57,9 @@ class AllToAll:
             ``"auto"`` where the group has NCCL; else the CPU.
         timeout: seconds that a wait for a peer may take; beats ``MOE_A2A_TIMEOUT``, default 30.
         max_blocks: most blocks of a CUDA kernel; the CPU backends have none.
-        debug: compare more between ranks at each call.
+        debug: compare more between ranks at each call, poison what is not to be read any more, and
+            note what operations take (`wait_times`, `save_trace`). Also ``MOE_A2A_TRACE=1``, which
+            writes a trace on `close`. Slower; on every rank or on none.
 
     Raises:
         GeometryError: a wrong argument, or ranks that do not agree.
@@ -77,6 +82,8 @@ class AllToAll:
         self._impl: backends.base.Backend | None = None
         self._failure: MoeA2AError | None = None
         self._closed = False
+        self._timeline: Timeline | None = None
+        self._trace_directory: Path | None = None
         self._dispatched = False
         self._blocked = True  # _refusal() knows why; one flag is all that a good call looks at
         self._process = os.getpid()
@@ -87,6 +94,7 @@ class AllToAll:
             limit = opening.seconds(timeout)
             opening.check_arguments(spec, backend, max_blocks, debug)
             self.device = opening.place(device, backend, group)
+            self._trace_directory = trace_directory()
             spec.workspace()  # compiles the library, where a compiler is missing on one rank only
         except MoeA2AError as error:
             problem = error
@@ -94,11 +102,14 @@ class AllToAll:
         self.ep_rank, self.spec = ranks.rank, spec
         # What one rank alone can see is told to all, so that nobody waits for a rank that gave up.
         ranks.agree(problem)
+        debug = debug or self._trace_directory is not None
         ranks.introduce({"spec": dataclasses.asdict(spec), "backend": backend, "debug": debug})
         opening.compare(ranks, spec)
         chosen = backends.choose(backend, self.device.type, spec, ranks)
         self.backend = chosen.name
-        self._impl = chosen.open(Opening(spec, ranks, self.device, limit, debug, max_blocks))
+        self._timeline = Timeline(ranks.rank, spec.ep_size) if debug else None
+        opened = Opening(spec, ranks, self.device, limit, self._timeline, max_blocks)
+        self._impl = chosen.open(opened)
         self._rules = Rules(spec, self.device, self._impl.receive_memory)
         self._blocked = False
         self._everyone = self._active = (1 << spec.ep_size) - 1
@@ -293,8 +304,36 @@ class AllToAll:
         except MoeA2AError as error:
             raise self._failed("check", error) from None
 
+    def wait_times(self) -> WaitTimes:
+        """How long this rank waited for each peer so far; prints as a table. Needs ``debug=True``.
+
+        On CUDA of the operations that have ended: `check` first, to have all.
+
+        Raises:
+            StateError: without ``debug=True``, or after `close`.
+        """
+        return self._times("wait_times").wait_times()
+
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the phases of this rank's last operations for Perfetto (ui.perfetto.dev) to load.
+
+        ``python -m moe_a2a merge-traces`` puts those of several ranks into one file. Needs
+        ``debug=True``; otherwise as `wait_times`.
+        """
+        self._times("save_trace").save(path)
+
+    def _times(self, call: str) -> Timeline:
+        if self._timeline is None:
+            raise StateError(f"{call} needs AllToAll(..., debug=True), on every rank")
+        if self._impl is None:
+            raise StateError(f"{call} after close()")
+        self._impl.collect_times()
+        return self._timeline
+
     def close(self) -> None:
         """Lets go of the window. Local, idempotent, waits for nobody."""
+        if self._impl is not None and self._trace_directory is not None:
+            save_in(self._trace_directory, self._times("close"))
         impl, self._impl, self._closed, self._blocked = self._impl, None, True, True
         self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
         if impl is not None:

@@ -68,6 +68,11 @@ void stage_extra(ffi::ObjectRef handle, int64_t index, ffi::TensorView tensor) {
       rows_of(tensor, kDLCPU, tensor.size(0), e.geometry.extra_bytes[index], "extra [T, n]");
 }
 
+int64_t noted(Endpoint& e, Status status) {
+  if (e.shape.debug && status != kPending) end_debug(e);
+  return status;
+}
+
 int64_t run_dispatch(ffi::ObjectRef handle, ffi::TensorView x,
                      ffi::Optional<ffi::TensorView> scales, ffi::TensorView ids,
                      ffi::TensorView weights, ffi::TensorView counts, int64_t max_rows,
@@ -77,20 +82,30 @@ int64_t run_dispatch(ffi::ObjectRef handle, ffi::TensorView x,
                                  counts, max_rows, deferred, active);
   std::memcpy(a.extra, e.extra, sizeof(a.extra));
   a.global_scale = static_cast<float>(global_scale);
-  return dispatch(e, a, slice_ns);
+  return noted(e, dispatch(e, a, slice_ns));
 }
 
 int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView out,
                     int64_t slice_ns) {
   Endpoint& e = endpoint_of(handle);
   const CombineArgs a = combine_args(e.geometry, e.shape, kDLCPU, y, out, e.tokens, e.max_rows);
-  return combine(e, a, slice_ns);
+  return noted(e, combine(e, a, slice_ns));
 }
 
 // The rest of an operation that answered kPending.
 int64_t resume(ffi::ObjectRef handle, int64_t slice_ns) {
   Endpoint& e = endpoint_of(handle);
-  return e.facts.phase == kDispatch ? finish_dispatch(e, slice_ns) : finish_combine(e, slice_ns);
+  return noted(
+      e, e.facts.phase == kDispatch ? finish_dispatch(e, slice_ns) : finish_combine(e, slice_ns));
+}
+
+// Of the last operation, with debug: [phase, round, begin, sent, arrived, end, wait for each rank]
+Numbers operation_times(ffi::ObjectRef handle) {
+  const Endpoint& e = endpoint_of(handle);
+  const OperationTimes& t = e.times;
+  Numbers out{e.facts.phase, e.round, t.begin, t.sent, t.arrived, t.end};
+  for (int peer = 0; peer < e.geometry.ep_size; ++peer) out.push_back(t.waits[peer]);
+  return out;
 }
 
 // [kind, phase, round, waited ns, missing, accusers, peer, 5 facts here, 5 facts there, then for
@@ -146,6 +161,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(stage_extra, stage_extra);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, run_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, run_combine);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(resume, resume);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(operation_times, operation_times);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_record, failure_record);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(restart, restart);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(position, position);

@@ -190,6 +190,7 @@ Status combine(Endpoint& e, const CombineArgs& a, int64_t slice_ns) {
   e.epoch = next_epoch(e.epoch);
   e.facts.phase = kCombineOp;
   e.combine = a;
+  if (e.shape.debug) begin_debug(e);
   const bool quantized = row_quantizer(e.shape.combine_wire, a.scalar) != nullptr;
   const int64_t rows = std::accumulate(e.received, e.received + e.geometry.ep_size, int64_t{0});
   const Copy copy = e.copy_of(rows * e.geometry.combine_bytes);

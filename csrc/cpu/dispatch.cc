@@ -125,6 +125,7 @@ Status dispatch(Endpoint& e, const DispatchArgs& a, int64_t slice_ns) {
   e.facts = {kDispatch, static_cast<uint32_t>(a.max_rows),
              static_cast<uint32_t>(a.wire) | (a.deferred ? kDeferred : 0u), 0, a.active};
   std::memcpy(&e.facts.global_scale_bits, &a.global_scale, 4);
+  if (e.shape.debug) begin_debug(e);
   int32_t sent[kMaxRanks] = {};
   if (a.wide_ids)
     send_rows<int64_t>(e, a, sent);

@@ -28,6 +28,13 @@ struct Failure {
   RoundFacts mine{}, theirs{};
 };
 
+// With shape.debug: when an operation got where, in nanoseconds of the monotonic clock.
+struct OperationTimes {
+  int64_t begin, sent, arrived, end;
+  int64_t waits[kMaxRanks];  // since `sent`; -1 where nobody waited
+  uint64_t awaited;          // ranks that have not been seen yet
+};
+
 // The first line of a window's control region.
 struct alignas(kLine) Header {
   std::atomic<uint32_t> doorbell;  // counts announcements; the futex word
@@ -57,6 +64,7 @@ struct Endpoint {
   std::vector<uint8_t> scratch;  // one row of everything
   std::chrono::steady_clock::time_point wait_start;
   Failure failure;
+  OperationTimes times{};
 
   uint8_t* region(int owner_rank, int id) const {
     return window[owner_rank] + layout.region[id].offset;
@@ -116,5 +124,11 @@ void announce(Endpoint& e, ControlRow row, const int32_t* counts);
 Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns);
 // How many operations ago `peer` was last heard of, -1 for never.
 int64_t operations_since(const Endpoint& e, int peer);
+
+// debug.cc; only with shape.debug
+void begin_debug(Endpoint& e);
+void note_sent(Endpoint& e);
+void note_arrivals(Endpoint& e, uint64_t missing);
+void end_debug(Endpoint& e);
 
 }  // namespace moe_a2a::cpu

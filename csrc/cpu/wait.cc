@@ -174,11 +174,16 @@ void announce(Endpoint& e, ControlRow row, const int32_t* counts) {
     ring(e.header(peer));
   });
   e.wait_start = Clock::now();
+  if (e.shape.debug) note_sent(e);
 }
 
 Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns) {
   // A peer's post is looked at only while this rank lacks something.
-  const auto settled = [&] { return missing_ranks(e, row) == 0; };
+  const auto settled = [&] {
+    const uint64_t missing = missing_ranks(e, row);
+    if (e.shape.debug) note_arrivals(e, missing);
+    return missing == 0;
+  };
   const int64_t left = e.timeout_ns - since_ns(e.wait_start);
   const bool woken = wait_for(e, std::clamp<int64_t>(left, 0, slice_ns),
                               [&] { return settled() || posters(e, true) != 0; });

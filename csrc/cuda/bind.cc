@@ -1,5 +1,6 @@
 // The edge of the CUDA library: checks tensors, fills the argument structs, calls the launchers.
 #include "../tensors.h"
+#include "debug.h"
 #include "endpoint.h"
 #include "link.h"
 
@@ -50,7 +51,10 @@ cudaStream_t stream_of(int64_t stream) { return reinterpret_cast<cudaStream_t>(s
 
 int64_t endpoint_local_bytes(Numbers geometry) { return local_bytes(geometry_from(geometry)); }
 
-// options: [device, ranks that share it, max blocks or 0, 128-byte lines or not]
+int64_t notebook_bytes() { return sizeof(NoteBook); }
+
+// options: [device, ranks that share it, max blocks or 0, 128-byte lines or not, address of a
+// notebook, zeroed, or 0]
 ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numbers windows,
                              int64_t local, int64_t status, Numbers options, int64_t timeout_ns) {
   auto object = ffi::make_object<EndpointObj>();
@@ -61,9 +65,10 @@ ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numb
   e.shape = shape_from(shape, e.geometry);
   require(static_cast<int64_t>(windows.size()) == e.geometry.ep_size, "one window per rank");
   require(rank >= 0 && rank < e.geometry.ep_size, "rank in 0..ep_size-1");
-  require(options.size() == 4, "4 options");
+  require(options.size() == 5, "5 options");
   e.options = {static_cast<int>(options[0]), static_cast<int>(options[1]),
                static_cast<int>(options[2]), options[3] != 0};
+  e.book = reinterpret_cast<NoteBook*>(options[4]);
   const OnDevice device(e);
   int64_t addresses[kMaxRanks];
   for (size_t i = 0; i < windows.size(); ++i) addresses[i] = windows[i];
@@ -131,6 +136,35 @@ Numbers failure_record(ffi::ObjectRef handle) {
   return out;
 }
 
+// The device's clock now, in nanoseconds.
+int64_t run_read_clock(ffi::ObjectRef handle, int64_t stream) {
+  Endpoint& e = endpoint_of(handle);
+  const OnDevice device(e);
+  int64_t now = 0;
+  check(read_clock(e, stream_of(stream), now));
+  return now;
+}
+
+// With debug: how many operations have ended.
+int64_t run_count_notes(ffi::ObjectRef handle) {
+  Endpoint& e = endpoint_of(handle);
+  const OnDevice device(e);
+  uint64_t count = 0;
+  check(count_notes(e, count));
+  return static_cast<int64_t>(count);
+}
+
+// Of the n-th operation, as the CPU library's; `sent` is when it began.
+Numbers run_read_note(ffi::ObjectRef handle, int64_t n) {
+  Endpoint& e = endpoint_of(handle);
+  const OnDevice device(e);
+  OperationNote note;
+  check(read_note(e, static_cast<uint64_t>(n), note));
+  Numbers out{note.phase, note.round, note.begin, note.begin, note.met, note.end};
+  for (int peer = 0; peer < e.geometry.ep_size; ++peer) out.push_back(note.waits[peer]);
+  return out;
+}
+
 // Ends waits that are under way: kernels return at once.
 void abandon_rounds(ffi::ObjectRef handle) {
   Endpoint& e = endpoint_of(handle);
@@ -191,6 +225,10 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, run_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, run_combine);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_kind, failure_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_record, failure_record);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(notebook_bytes, notebook_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_clock, run_read_clock);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(count_notes, run_count_notes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_note, run_read_note);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(abandon, abandon_rounds);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(restart, run_restart);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(exclude, run_exclude);

@@ -10,14 +10,19 @@
 
 namespace moe_a2a::cuda {
 
-// Names an operation on every rank: generation in the high word, epoch in the low one, which is
-// never 0. The high word also counts wrap-arounds of the low one, so that a tag never comes again.
+// Names an operation on every rank: the epoch in the low word, which is never 0; above it how often
+// the epoch has wrapped around, and above that the generation, which only a reset advances. So a
+// tag never comes again, and ranks on both sides of a wrap-around are of one generation. (4,096
+// wrap-arounds take two years of operations of 5 us.)
+constexpr int kGenerationShift = 44;
 MOE_HD uint64_t next_tag(uint64_t tag) {
   const uint64_t next = tag + 1;
   return static_cast<uint32_t>(next) == 0 ? next + 1 : next;
 }
 MOE_HD uint32_t epoch_of(uint64_t tag) { return static_cast<uint32_t>(tag); }
-MOE_HD uint32_t generation_of(uint64_t tag) { return static_cast<uint32_t>(tag >> 32); }
+MOE_HD uint32_t generation_of(uint64_t tag) {
+  return static_cast<uint32_t>(tag >> kGenerationShift);
+}
 
 // The state of the round, on the device, so that graphs replay in any order. Dispatch reads its own
 // words and writes combine's, and the other way round: no block can see a word advance that it has

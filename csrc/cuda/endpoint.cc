@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "debug.h"
 #include "launch.h"
 
 namespace moe_a2a::cuda {
@@ -251,6 +252,8 @@ const char* load_kernels() {
     }
   }
   kernels.insert(kernels.end(), staged.begin(), staged.end());
+  for (const void* kernel : {meet_peers_kernel(), note_end_kernel(), note_clock_kernel()})
+    kernels.push_back(kernel);
   for (int run : {1, 2})
     for (bool many : {false, true}) kernels.push_back(dispatch_small_kernel(many, run));
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8}) {
@@ -335,10 +338,12 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   e.active = a.active;
   lay_out_ids(p);
   p.facts = {kDispatch, static_cast<uint32_t>(a.max_rows), e.format, scale_bits, a.active};
+  if (const char* error = begin_debug(e, p.facts, stream)) return error;
   // From what all ranks know alike.
   const bool packets =
       a.max_rows * p.pitch <= e.context.dispatch_peer_bytes && p.image_bytes <= kMostImage;
-  return packets ? dispatch_in_packets(e, p, stream) : dispatch_in_bulk(e, p, stream);
+  const char* error = packets ? dispatch_in_packets(e, p, stream) : dispatch_in_bulk(e, p, stream);
+  return error != nullptr ? error : end_debug(e, p.facts, stream);
 }
 
 const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t stream) {
@@ -348,50 +353,13 @@ const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t strea
   p.tokens = static_cast<int32_t>(e.tokens);
   p.facts = {kCombineOp, static_cast<uint32_t>(e.max_rows), e.format, 0, e.active};
   p.odd = (reinterpret_cast<uintptr_t>(a.y) | a.source_stride | a.row_stride) % kChunk != 0;
-  return combine(e, p, stream);
-}
-
-const char* restart(Endpoint& e, uint32_t epoch, uint32_t generation, uint32_t round,
-                    cudaStream_t stream) {
-  uint8_t* own = e.context.window[e.context.rank];
-  // Rows of a combine are there once they are no longer all ones: inbox.cuh.
-  const auto fill = [&](int id, int byte) {
-    const Region& region = e.layout.region[id];
-    return text_of(cudaMemsetAsync(own + region.offset, byte, region.nbytes, stream));
-  };
-  for (int id : {kControl, kDispatchInbox})
-    if (const char* error = fill(id, 0)) return error;
-  if (const char* error = fill(kCombine, 0xFF)) return error;
-  State state{};
-  state.dispatch_tag = static_cast<uint64_t>(generation) << 32 | epoch;
-  state.dispatch_round = round;
-  if (const char* error = text_of(
-          cudaMemcpyAsync(e.context.state, &state, sizeof(state), cudaMemcpyHostToDevice, stream)))
-    return error;
-  if (const char* error = text_of(cudaStreamSynchronize(stream))) return error;
-  *e.context.status = {};
-  return nullptr;
-}
-
-const char* abandon(Endpoint& e) {
-  return text_of(cudaMemsetAsync(&e.context.state->failing, 1, sizeof(uint32_t), e.aside));
+  if (const char* error = begin_debug(e, p.facts, stream)) return error;
+  const char* error = combine(e, p, stream);
+  return error != nullptr ? error : end_debug(e, p.facts, stream);
 }
 
 Endpoint::~Endpoint() {
   if (aside != nullptr) cudaStreamDestroy(aside);
-}
-
-const char* exclude(Endpoint& e, uint64_t ranks, uint32_t generation, cudaStream_t stream) {
-  Post post{};
-  post.generation = generation;
-  for (int r = 0; r < e.context.ep_size; ++r) {
-    if ((ranks >> r & 1) == 0 || r == e.context.rank) continue;
-    if (const char* error =
-            text_of(cudaMemcpyAsync(e.context.control(r, kPost, e.context.rank), &post,
-                                    sizeof(post), cudaMemcpyHostToDevice, stream)))
-      return error;
-  }
-  return text_of(cudaStreamSynchronize(stream));
 }
 
 }  // namespace moe_a2a::cuda

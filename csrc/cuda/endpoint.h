@@ -7,6 +7,8 @@
 
 namespace moe_a2a::cuda {
 
+struct NoteBook;
+
 struct Options {
   int device, sharers;  // ranks that share the device
   int max_blocks;       // 0: as many as the device holds
@@ -26,6 +28,7 @@ struct Endpoint {
   uint64_t active = 0;
   uint32_t format = 0;
   Rows extra[kMaxExtras] = {};
+  NoteBook* book = nullptr;      // with debug=True
   cudaStream_t aside = nullptr;  // for what must not queue behind a spinning kernel
 
   Endpoint() = default;

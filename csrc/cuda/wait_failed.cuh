@@ -25,14 +25,14 @@ struct Posts {
 struct Notice {
   bool given_up;  // in this generation
   bool by_now;    // in this operation or before it
-  bool excluded;  // a reset has left this rank out: no operation has epoch 0
+  bool excluded;  // a reset has left this rank out
 
   __device__ __forceinline__ Notice(const Post* post, uint64_t tag) {
     const uint32_t seen = load_acquire_sys(&post->generation), own = generation_of(tag);
     const uint32_t epoch = *const_cast<const volatile uint32_t*>(&post->epoch);
     given_up = seen == own;
     by_now = given_up && !is_later(epoch, epoch_of(tag));
-    excluded = seen > own && epoch == 0;
+    excluded = seen > own;
   }
 };
 

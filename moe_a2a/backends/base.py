@@ -1,4 +1,4 @@
-"""What a backend is: seven functions behind `AllToAll`, which has checked every argument by then.
+"""What a backend is: eight functions behind `AllToAll`, which has checked every argument by then.
 
 Shape letters: T tokens of this rank, K top_k, H hidden_size, W ep_size, R runtime_max_tokens.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from moe_a2a.group import Group
     from moe_a2a.spec import Spec
+    from moe_a2a.timeline import Timeline
 
 __all__ = ["Backend", "DispatchCall", "Opening", "ReceiveViews", "Views", "ranks_in", "signed"]
 
@@ -31,8 +32,12 @@ class Opening:
     group: Group
     device: torch.device
     timeout: float
-    debug: bool
+    timeline: Timeline | None  # to note in what operations take; with debug=True only
     max_blocks: int | None
+
+    @property
+    def debug(self) -> bool:
+        return self.timeline is not None
 
 
 class DispatchCall(NamedTuple):
@@ -84,6 +89,9 @@ class Backend(Protocol):
     def check(self) -> None:
         """Waits for the kernels of the current stream, and raises what they have recorded."""
 
+    def collect_times(self) -> None:
+        """Notes in the timeline what is not there yet. Waits for no peer."""
+
     def reset(self, ranks: int) -> None: ...
 
     def close(self) -> None: ...
@@ -113,6 +121,13 @@ class ReceiveViews:
             with torch.inference_mode(False):  # they outlive the mode that the caller is in
                 views = self._cache[rows, deferred] = self._make(rows, deferred)
         return views
+
+    def poison(self) -> None:
+        """NaN where a format has one, and ids that no expert has: who reads on, notices."""
+        for region in self._spec.workspace():
+            if region.name not in ("control", "combine", "dispatch_inbox"):
+                memory = self._base[region.offset : region.offset + region.nbytes]
+                memory.fill_(0x7F if region.name == "topk_ids" else 0xFF)
 
     def _make(self, rows: int, deferred: bool) -> Views:
         spec, form = self._spec, FORMATS[self._spec.wire]

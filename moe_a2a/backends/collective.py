@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
-from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,10 +23,12 @@ from moe_a2a import formats
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
 from moe_a2a.errors import PeerTimeout, WorkspaceError
+from moe_a2a.interruptible import interruptible
 from moe_a2a.lobby import Lobby, StoreBoard
+from moe_a2a.timeline import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -79,6 +78,7 @@ class Collective:
         spec, group = opening.spec, opening.group
         self._spec, self._group, self._debug = spec, group, opening.debug
         self._rank, self._timeout = group.rank, opening.timeout
+        self._timeline = opening.timeline
         self._memory = self._receive_regions(group)
         self._views = ReceiveViews(spec, self._memory)
         owners = [rank for rank in range(spec.ep_size) for _ in spec.experts_of(rank)]
@@ -127,7 +127,7 @@ class Collective:
         here, size = members.index(self._rank), len(members)
         start = time.monotonic()
         try:
-            self._peers = _interruptible(
+            self._peers = interruptible(
                 lambda: dist.ProcessGroupGloo(store, here, size, limit), self._timeout
             )
         except RuntimeError as error:
@@ -153,6 +153,7 @@ class Collective:
     @_subnormals_kept()
     def dispatch(self, call: DispatchCall) -> Views:
         spec, self._round = self._spec, self._round + 1
+        self._watch = Stopwatch(self._timeline, _DISPATCH, self._round, self._others(call.active))
         views = self._views.of(call.rows, call.deferred)
         self._goes = self._destinations(call)
         packed = self._pack(call, views)
@@ -170,7 +171,8 @@ class Collective:
                 self._unpack(receives[source], views, source, count)
             self._scrub(views, source, count)
         call.counts.copy_(torch.tensor(self._counts, dtype=torch.int32))
-        self._sent, self._rows = counts, call.rows
+        self._sent = counts
+        self._watch.stop()
         return views
 
     def _destinations(self, call: DispatchCall) -> Tensor:
@@ -247,6 +249,9 @@ class Collective:
     def combine(self, y: Tensor, out: Tensor) -> None:
         self._operation += 1
         active = ranks_in(self._active)
+        self._watch = Stopwatch(self._timeline, _COMBINE, self._round, self._others(self._active))
+        if self._timeline is not None:
+            self._views.poison()
         sends = {peer: self._encode(y[peer, : self._counts[peer]]) for peer in active}
         receives = {
             peer: torch.empty(self._sent[peer], sends[peer].shape[1], dtype=torch.uint8)
@@ -266,6 +271,7 @@ class Collective:
             total[index] = total[index] + self._decode(receives[peer], y.dtype)
             self._seen[peer] = self._operation
         out.copy_(total.to(out.dtype))
+        self._watch.stop()
 
     def _encode(self, rows: Tensor) -> Tensor:
         if self._spec.combine_wire in ("bf16", "fp16", "fp32"):
@@ -304,10 +310,12 @@ class Collective:
         for peer, work in works:
             left = max(self._timeout - (time.monotonic() - start), 0.001)
             try:
-                _interruptible(partial(work.wait, timedelta(seconds=left)), left + _GRACE)
+                with self._watch.waits(peer):
+                    interruptible(partial(work.wait, timedelta(seconds=left)), left + _GRACE)
             except RuntimeError:
                 missing.add(peer)
         if missing:
+            self._watch.stop()
             raise self._missing(phase, missing, time.monotonic() - start)
 
     def _missing(self, phase: int, missing: set[int], waited: float) -> Exception:
@@ -344,8 +352,14 @@ class Collective:
             pass
         return (missed - posted - {self._rank}) or mine
 
+    def _others(self, active: int) -> list[int]:
+        return [rank for rank in ranks_in(active) if rank != self._rank]
+
     def check(self) -> None:
         """Nothing is ever pending: a call returns when its round has ended."""
+
+    def collect_times(self) -> None:
+        """They are noted as calls return."""
 
     def reset(self, ranks: int) -> None:
         members = ranks_in(ranks)
@@ -361,27 +375,6 @@ class Collective:
 
     def close(self) -> None:
         self._peers = None
-
-
-def _interruptible(call: Callable[[], Any], seconds: float) -> Any:
-    """``call()`` in a thread of its own: gloo does not hear Ctrl-C, nor always keep its limits.
-
-    Raises:
-        RuntimeError: that of the call, or that it took longer than ``seconds``.
-    """
-    result: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        return result.result(seconds)
-    except FutureTimeout as error:
-        raise RuntimeError(f"no answer within {seconds:.2f} s") from error
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

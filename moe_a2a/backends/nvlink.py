@@ -6,6 +6,7 @@ device but `check`, `reset` and the constructor.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from moe_a2a.backends.failure import failure_of
 from moe_a2a.backends.symmetric import SymmetricWindow, open_window
 from moe_a2a.errors import BuildError, GeometryError, MoeA2AError
 from moe_a2a.lobby import Lobby, StoreBoard
+from moe_a2a.timeline import OperationTimes
 from moe_a2a.workspace import geometry_numbers, shape_numbers
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = ["Nvlink"]
 _MAX_RANKS = 64  # bits of a mask
 _MAX_EXPERTS = 2**15 - 1  # owners are found by a product of 32 bits
 _STATUS_BYTES = 1024
+_NOTES = 1024  # operations that kernels can note before they are collected
 
 
 class Nvlink:
@@ -91,6 +94,9 @@ class Nvlink:
         # Written by the device, read by the host at the next call, without waiting for anything.
         self._status = self._host_memory(_STATUS_BYTES)
         sharers = devices.count(devices[self._rank])
+        self._timeline, self._noted, self._clock = opening.timeline, 0, 0
+        notes = self._library.notebook_bytes() if opening.debug else 0
+        self._notes = torch.zeros(notes, dtype=torch.uint8, device=opening.device)
         self._endpoint: Any = self._library.endpoint_open(
             geometry,
             shape_numbers(spec, opening.debug),
@@ -98,7 +104,13 @@ class Nvlink:
             self._window.addresses,
             self._memory.data_ptr(),
             self._status.data_ptr(),
-            [self._index, sharers, opening.max_blocks or 0, int(self.lines)],
+            [
+                self._index,
+                sharers,
+                opening.max_blocks or 0,
+                int(self.lines),
+                self._notes.data_ptr() if opening.debug else 0,
+            ],
             int(opening.timeout * 1e9),
         )
         # A look-up in the library costs a third of a call.
@@ -113,6 +125,8 @@ class Nvlink:
             [0] * spec.ep_size,
         )
         self._library.restart(self._endpoint, 1, 1, 1, self._stream())
+        if opening.debug:
+            self._clock = self._clock_difference()
         # Nobody stores to a window before its owner has cleared it.
         group.agree(None)
 
@@ -175,6 +189,27 @@ class Nvlink:
         self._wait_for_stream()
         if self._library.failure_kind(self._endpoint):
             raise self._failure()
+
+    def collect_times(self) -> None:
+        """What kernels have noted since, of the last operations that they have room for."""
+        if self._timeline is None:
+            return
+        ended = int(self._library.count_notes(self._endpoint))
+        for n in range(max(self._noted, ended - _NOTES + 1), ended):
+            words = [int(word) for word in self._library.read_note(self._endpoint, n)]
+            words[2:6] = [word + self._clock for word in words[2:6]]
+            self._timeline.add(OperationTimes.of(words))
+        self._noted = ended
+
+    def _clock_difference(self) -> int:
+        """Nanoseconds by which the host's monotonic clock is ahead of the device's."""
+        found = []
+        for _ in range(5):
+            before = time.monotonic_ns()
+            there = int(self._library.read_clock(self._endpoint, self._stream()))
+            after = time.monotonic_ns()
+            found.append((after - before, (before + after) // 2 - there))
+        return min(found)[1]
 
     def _failure(self) -> MoeA2AError:
         record = [int(word) for word in self._library.failure_record(self._endpoint)]

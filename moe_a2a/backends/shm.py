@@ -14,6 +14,7 @@ from moe_a2a.backends.failure import failure_of
 from moe_a2a.backends.window import PeerWindow, Ticket, Window
 from moe_a2a.errors import BuildError, MoeA2AError, StateError, WorkspaceError
 from moe_a2a.lobby import Lobby
+from moe_a2a.timeline import OperationTimes
 from moe_a2a.workspace import geometry_numbers, shape_numbers
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Shm:
     def __init__(self, opening: Opening) -> None:
         spec, group = opening.spec, opening.group
         self._spec, self._rank, self._timeout = spec, group.rank, opening.timeout
+        self._timeline = opening.timeline
         self._library = cpu_library()
         self._control = spec.workspace().region("control").nbytes
         self._peers: dict[int, PeerWindow] = {}
@@ -162,12 +164,16 @@ class Shm:
         )
         if status:
             self._finish(status)
+        if self._timeline is not None:
+            self._note_times()
         return self._views.of(call.rows, call.deferred)
 
     def combine(self, y: Tensor, out: Tensor) -> None:
         status = self._library.combine(self._endpoint, y, out, _SLICE_NS)
         if status:
             self._finish(status)
+        if self._timeline is not None:
+            self._note_times()
 
     def _finish(self, status: int) -> None:
         while status == _PENDING:
@@ -175,7 +181,17 @@ class Shm:
                 raise StateError("close() was called while this rank waited for its peers")
             status = self._library.resume(self._endpoint, _SLICE_NS)
         if status:
+            if self._timeline is not None:
+                self._note_times()
             raise self._failure()
+
+    def _note_times(self) -> None:
+        words = [int(word) for word in self._library.operation_times(self._endpoint)]
+        assert self._timeline is not None
+        self._timeline.add(OperationTimes.of(words))
+
+    def collect_times(self) -> None:
+        """They are noted as calls return."""
 
     def _failure(self) -> MoeA2AError:
         record = [int(word) for word in self._library.failure_record(self._endpoint)]

@@ -16,10 +16,14 @@ pytestmark = NEEDS
 LINE, POSTS = 128, 2  # csrc/layout.h: bytes of a line, and which of its rows the posts are
 
 
+def post_of(a2a, source):
+    first = (1 + POSTS * a2a.spec.ep_size + source) * LINE
+    return a2a._impl._window.tensor[first : first + LINE]
+
+
 def plant(a2a, source, *, generation, epoch, disagrees):
     """What `source` would store here, missing rank 2 (csrc/epoch.h)."""
-    first = (1 + POSTS * a2a.spec.ep_size + source) * LINE
-    line = a2a._impl._window.tensor[first : first + LINE]
+    line = post_of(a2a, source)
     line[4:24].view(torch.int32).copy_(torch.tensor([epoch, disagrees, 0, 0b100, 0]).int())
     line[4 + 4 * 5 :].zero_()
     line[:4].view(torch.int32).fill_(generation)
@@ -65,3 +69,28 @@ def test_what_a_peer_gave_up_later_does_not_end_this_wait(pool, backend, disagre
 @pytest.mark.parametrize("ahead", [0, -1])
 def test_what_a_peer_gave_up_before_does(pool, backend, ahead):
     pool.run(hears_that_it_is_in_vain, backend, ahead, ranks=3)
+
+
+def gives_up_behind_a_wrap_around(ranks):
+    """The epochs wrap around between the two rounds; only a reset makes a new generation."""
+    register()
+    case = Case(2)
+    with opened(ranks, "simt", case, timeout=0.5) as a2a:
+        impl = a2a._impl
+        torch.distributed.barrier(ranks.group)
+        impl._library.restart(impl._endpoint, 2**32 - 2, 1, 1, 0)
+        torch.distributed.barrier(ranks.group)
+        play(a2a, ranks, case, Round(1))
+        if ranks.rank == 0:
+            with pytest.raises(PeerTimeout):
+                play(a2a, ranks, case, Round(2))
+        torch.distributed.barrier(ranks.group)
+        if ranks.rank == 1:
+            assert post_of(a2a, 0)[:8].view(torch.int32).tolist() == [1, 1]
+        a2a.reset()
+        play(a2a, ranks, case, Round(3))
+        assert [int(n) for n in impl._library.position(impl._endpoint)][1] == 2
+
+
+def test_a_wrap_around_begins_no_generation(pool):
+    pool.run(gives_up_behind_a_wrap_around, ranks=2)
