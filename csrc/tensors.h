@@ -15,6 +15,9 @@ namespace moe_a2a {
 namespace ffi = tvm::ffi;
 using Numbers = ffi::Array<int64_t>;
 
+constexpr int64_t kMaxExperts = int64_t{1} << 20;  // as Spec says
+constexpr int64_t kMostBytes = int64_t{1} << 48;
+
 inline void require(bool holds, const char* what) {
   if (!holds) TVM_FFI_THROW(ValueError) << "moe_a2a binding: " << what;
 }
@@ -22,12 +25,44 @@ inline void require(bool holds, const char* what) {
 // [W, E, K, Tmax, payload bytes, scale bytes, combine bytes, extra bytes ...]
 inline Geometry geometry_from(const Numbers& n) {
   require(n.size() >= 7 && n.size() <= 7 + kMaxExtras, "geometry has 7 numbers and the extras");
-  for (int64_t value : n) require(value >= 0, "geometry is not negative");
+  for (int64_t value : n) require(value >= 0 && value <= kMostBytes, "geometry in 0..2^48");
   Geometry g{n[0], n[1], n[2], n[3], n[4], n[5], n[6], static_cast<int64_t>(n.size()) - 7, {}};
   require(g.ep_size >= 1, "ep_size");
-  require(g.num_experts >= 1 && g.top_k >= 1 && g.top_k <= kMaxTopK, "experts and top_k");
-  for (int64_t i = 0; i < g.num_extras; ++i) g.extra_bytes[i] = n[7 + i];
+  require(g.num_experts >= 1 && g.num_experts <= kMaxExperts, "num_experts");
+  require(g.top_k >= 1 && g.top_k <= kMaxTopK, "top_k");
+  int64_t row = g.payload_bytes + g.scale_bytes + g.combine_bytes + 8 * g.top_k;
+  for (int64_t i = 0; i < g.num_extras; ++i) row += g.extra_bytes[i] = n[7 + i];
+  // In floating point, which does not wrap: the layout multiplies in 64 bits.
+  const double rows = static_cast<double>(g.ep_size) * static_cast<double>(g.max_tokens);
+  require(rows < 0x1p48 && rows * static_cast<double>(row) < 0x1p54, "a window fits an address");
   return g;
+}
+
+// What rows of `hidden` values are on a wire, in bytes; {-1, -1} where the wire has no such rows.
+struct WireRow {
+  int64_t payload, scales;
+};
+
+inline WireRow wire_row(int wire, int64_t hidden, int64_t padded) {
+  switch (wire) {
+    case kBf16:
+    case kFp16:
+      return {hidden * 2, 0};
+    case kFp32:
+      return {hidden * 4, 0};
+    case kFp8:
+      return {hidden, 4};
+    case kFp8Block128:
+      return hidden % 128 ? WireRow{-1, -1} : WireRow{hidden, hidden / 128 * 4};
+    case kMxfp8:
+      return hidden % 32 || padded % 32 ? WireRow{-1, -1} : WireRow{padded, padded / 32};
+    case kNvfp4:
+      return {hidden / 2, hidden / 16};
+    case kMxfp4:
+      return hidden % 32 ? WireRow{-1, -1} : WireRow{hidden / 2, hidden / 32};
+    default:
+      return {-1, -1};
+  }
 }
 
 // [H, Kp, wire, combine wire, wire's payload bytes, wire's scale bytes, invalid id, scrub all,
@@ -43,7 +78,19 @@ inline Shape shape_from(const Numbers& n, const Geometry& geometry) {
                 static_cast<int32_t>(n[6]),
                 n[7] != 0,
                 n[8] != 0};
-  require(s.payload_row <= geometry.payload_bytes, "a row fits its region");
+  require(n[0] >= 16 && n[0] % 16 == 0 && n[0] <= kMostBytes, "hidden_size a multiple of 16");
+  require(n[1] >= n[0] && n[1] <= kMostBytes, "padded hidden_size");
+  // The quantizers write what their wire says, wherever that ends.
+  require(n[2] >= kBf16 && n[2] <= kMxfp4, "wire");
+  const WireRow row = wire_row(s.wire, s.hidden, s.padded);
+  require(row.payload == s.payload_row && row.scales == s.scale_row, "bytes of a row on the wire");
+  require(s.payload_row <= geometry.payload_bytes && s.scale_row <= geometry.scale_bytes,
+          "a row fits its region");
+  require((n[3] >= kBf16 && n[3] <= kMxfp8 && n[3] != kFp8) || n[3] == kFp32, "combine wire");
+  const WireRow back = wire_row(s.combine_wire, s.hidden, s.hidden);
+  require(back.payload >= 0 && back.payload + back.scales <= geometry.combine_bytes,
+          "a row of combine fits its region");
+  require(n[6] == s.invalid_id, "invalid id is an int32");
   return s;
 }
 
@@ -52,7 +99,8 @@ inline Rows rows_of(const ffi::TensorView& t, DLDeviceType device, int64_t rows,
                     const char* name) {
   const int64_t item = t.dtype().bits / 8 * t.dtype().lanes;
   require(t.device().device_type == device && t.ndim() == 2 && t.size(0) == rows &&
-              t.size(1) * item == width && (t.stride(1) == 1 || t.size(1) <= 1 || rows == 0),
+              t.size(1) * item == width && (t.stride(1) == 1 || t.size(1) <= 1 || rows == 0) &&
+              (t.data_ptr() != nullptr || rows == 0),
           name);
   return {static_cast<const uint8_t*>(t.data_ptr()), t.stride(0) * item};
 }
@@ -81,6 +129,8 @@ inline DispatchArgs dispatch_args(const Geometry& g, const Shape& s, DLDeviceTyp
   a.tokens = x.size(0);
   a.max_rows = max_rows;
   require(a.tokens <= max_rows && max_rows <= g.max_tokens, "T <= R <= capacity");
+  require(!deferred || (!scales.has_value() && s.hidden * 2 <= g.payload_bytes),
+          "deferred rows have no scales and fit their region");
   const int scalar = scalar_of(x);
   const bool quantizes = !deferred && !scales.has_value() && quantized_wire(s.wire) && scalar >= 0;
   a.wire = s.wire;
@@ -92,17 +142,23 @@ inline DispatchArgs dispatch_args(const Geometry& g, const Shape& s, DLDeviceTyp
   a.payload = rows_of(x, device, a.tokens, width, "x [T, row]");
   if (scales.has_value())
     a.scales = rows_of(scales.value(), device, a.tokens, s.scale_row, "scales [T, n]");
-  require(deferred || quantizes || s.scale_row == 0 || scales.has_value(), "scales are missing");
+  require(deferred || quantizes || (s.scale_row == 0) != scales.has_value(),
+          "scales where the wire has them");
   a.wide_ids = ids.dtype().bits == 64;
-  require(ids.dtype().code == kDLInt, "topk_ids int32 or int64");
+  require(ids.dtype().code == kDLInt && (a.wide_ids || ids.dtype().bits == 32),
+          "topk_ids int32 or int64");
   a.ids = rows_of(ids, device, a.tokens, g.top_k * (a.wide_ids ? 8 : 4), "topk_ids [T, K]");
   require(scalar_of(weights) == kScalarFp32, "topk_weights float32");
   a.weights = rows_of(weights, device, a.tokens, g.top_k * 4, "topk_weights [T, K]");
-  require(counts.ndim() == 1 && counts.size(0) == g.ep_size && counts.dtype().bits == 32,
+  require(counts.device().device_type == device && counts.ndim() == 1 &&
+              counts.size(0) == g.ep_size && counts.dtype().code == kDLInt &&
+              counts.dtype().bits == 32 && (counts.stride(0) == 1 || g.ep_size == 1) &&
+              counts.data_ptr() != nullptr,
           "counts int32 [W]");
   a.counts = static_cast<int32_t*>(counts.data_ptr());
   a.active = static_cast<uint64_t>(active);
   require(a.active >> rank & 1, "this rank is active");
+  require(g.ep_size == kMaxRanks || a.active >> g.ep_size == 0, "active ranks are ranks");
   return a;
 }
 
@@ -115,9 +171,13 @@ inline CombineArgs combine_args(const Geometry& g, const Shape& s, DLDeviceType 
   require(a.scalar >= 0 && a.scalar == scalar_of(out), "y and out have one floating dtype");
   const int64_t item = scalar_bytes(a.scalar);
   require(y.device().device_type == device && y.ndim() == 3 && y.size(0) == g.ep_size &&
-              y.size(1) == max_rows && y.size(2) == s.hidden && (y.stride(2) == 1 || max_rows == 0),
+              y.size(1) == max_rows && y.size(2) == s.hidden &&
+              ((y.stride(2) == 1 && y.data_ptr() != nullptr) || max_rows == 0),
           "y [W, R, H]");
-  require(quantized_wire(s.combine_wire) || s.hidden * item == g.combine_bytes,
+  const int plain = s.combine_wire == kBf16   ? kScalarBf16
+                    : s.combine_wire == kFp16 ? kScalarFp16
+                                              : kScalarFp32;
+  require(quantized_wire(s.combine_wire) || a.scalar == plain,
           "y has the dtype of the combine wire");
   a.y = static_cast<const uint8_t*>(y.data_ptr());
   a.source_stride = y.stride(0) * item;

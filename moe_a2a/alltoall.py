@@ -15,17 +15,17 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from moe_a2a import backends, compiled, opening, registry
-from moe_a2a.backends.base import DispatchCall, Opening
+from moe_a2a.backends.base import REFUSED, DispatchCall, Opening
 from moe_a2a.checks import Rules
 from moe_a2a.errors import MoeA2AError, PayloadError, PeerTimeout, StateError
 from moe_a2a.group import Group
 from moe_a2a.outputs import Outputs
 from moe_a2a.received import delivered
-from moe_a2a.timeline import Timeline, save_in, trace_directory
+from moe_a2a.timeline import Timeline, trace_directory
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
     from types import TracebackType
 
     import torch.distributed as dist
@@ -83,18 +83,17 @@ class AllToAll:
         self._failure: MoeA2AError | None = None
         self._closed = False
         self._timeline: Timeline | None = None
-        self._trace_directory: Path | None = None
         self._dispatched = False
         self._blocked = True  # _refusal() knows why; one flag is all that a good call looks at
         self._process = os.getpid()
         self._outputs = Outputs(0, torch.device("cpu"))
-        limit = 30.0
+        limit, traces = 30.0, None
         problem: MoeA2AError | None = None
         try:
             limit = opening.seconds(timeout)
             opening.check_arguments(spec, backend, max_blocks, debug)
             self.device = opening.place(device, backend, group)
-            self._trace_directory = trace_directory()
+            traces = trace_directory()
             spec.workspace()  # compiles the library, where a compiler is missing on one rank only
         except MoeA2AError as error:
             problem = error
@@ -102,12 +101,12 @@ class AllToAll:
         self.ep_rank, self.spec = ranks.rank, spec
         # What one rank alone can see is told to all, so that nobody waits for a rank that gave up.
         ranks.agree(problem)
-        debug = debug or self._trace_directory is not None
+        debug = debug or traces is not None
         ranks.introduce({"spec": dataclasses.asdict(spec), "backend": backend, "debug": debug})
         opening.compare(ranks, spec)
         chosen = backends.choose(backend, self.device.type, spec, ranks)
         self.backend = chosen.name
-        self._timeline = Timeline(ranks.rank, spec.ep_size) if debug else None
+        self._timeline = Timeline(ranks.rank, spec.ep_size, traces) if debug else None
         opened = Opening(spec, ranks, self.device, limit, self._timeline, max_blocks)
         self._impl = chosen.open(opened)
         self._rules = Rules(spec, self.device, self._impl.receive_memory)
@@ -186,7 +185,7 @@ class AllToAll:
             extra = rules.extra(extra, tokens)
         active = self._active
         if active_ranks is not None:
-            self._active = active = rules.active(active_ranks, active, self.ep_rank)
+            active = rules.active(active_ranks, active, self.ep_rank)
         counts = torch.empty_like(self._counts)
         call = _new_tuple(
             DispatchCall,
@@ -199,6 +198,7 @@ class AllToAll:
             views = impl.dispatch(call)  # type: ignore[union-attr]
         except BaseException as error:
             raise self._failed("dispatch", error) from None
+        self._active = active
         self._dispatched = True
         self.round = (tokens, rows)
         return delivered(views, counts, global_scale, self.spec, self.ep_rank, deferred)
@@ -251,9 +251,9 @@ class AllToAll:
         accepted = self._rules.combine_dtypes
         if dtype is None:
             dtype = accepted[0]
-        if dtype not in accepted:
+        if not isinstance(dtype, torch.dtype) or dtype not in accepted:
             raise PayloadError(
-                f"combine_buffer({dtype}): combine wire {self.spec.combine_wire!r} takes "
+                f"combine_buffer({shown(dtype)}): combine wire {self.spec.combine_wire!r} takes "
                 f"{' or '.join(map(str, accepted))}"
             )
         if compiling:
@@ -332,8 +332,8 @@ class AllToAll:
 
     def close(self) -> None:
         """Lets go of the window. Local, idempotent, waits for nobody."""
-        if self._impl is not None and self._trace_directory is not None:
-            save_in(self._trace_directory, self._times("close"))
+        if self._impl is not None and self._timeline is not None:
+            self._times("close").close()
         impl, self._impl, self._closed, self._blocked = self._impl, None, True, True
         self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
         if impl is not None:
@@ -388,6 +388,8 @@ class AllToAll:
 
     def _failed(self, call: str, error: BaseException) -> BaseException:
         """Remembers why no further call can work until a reset."""
+        if isinstance(error, ValueError) and str(error).startswith(REFUSED):
+            return PayloadError(f"{call}: {error}")  # by the binding, which had sent nothing yet
         self._blocked = True
         if isinstance(error, (PeerTimeout, StateError)):
             self._failure = copy.copy(error)  # without the traceback, which holds on to the caller

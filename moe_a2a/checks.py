@@ -7,7 +7,6 @@ every call; the sentences are put together only when one fails.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from moe_a2a.errors import CapacityError, PayloadError, StateError
 from moe_a2a.formats import FORMATS
+from moe_a2a.wording import describe, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,18 +29,10 @@ __all__ = ["Rules"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
-# No layout: a tensor without strides has no address either, and raises a RuntimeError.
-_facts = attrgetter("dtype", "shape", "device", "requires_grad")
+# No layout: a tensor without strides has no address either, and raises a RuntimeError. The class,
+# since those that only stand for a tensor (FakeTensor) may give 0 for an address.
+_facts = attrgetter("dtype", "shape", "device", "requires_grad", "__class__")
 _NO_TENSOR = (AttributeError, RuntimeError)
-
-
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"{type(value).__name__} {reprlib.repr(value)}"
-    if value.layout is not torch.strided:
-        return f"{str(value.dtype)[6:]} {list(value.shape)} of layout {value.layout}"
-    strides = "" if value.is_contiguous() else f" with strides {list(value.stride())}"
-    return f"{str(value.dtype)[6:]} {list(value.shape)} on {value.device}{strides}"
 
 
 def _widths(accepted: Mapping[torch.dtype, int]) -> str:
@@ -85,7 +77,7 @@ class Rules:
             return capacity
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= capacity:
             raise CapacityError(
-                f"runtime_max_tokens={value!r}: must be an integer in 0..{capacity} "
+                f"runtime_max_tokens={shown(value)}: must be an integer in 0..{capacity} "
                 "(max_tokens_per_rank), the same on every rank"
             )
         return value
@@ -111,12 +103,12 @@ class Rules:
         size = self.spec.ep_size
         flags: Sequence[object] | None = None
         if isinstance(value, Tensor):
-            if value.dtype == torch.bool and value.shape == (size,) and value.device.type != "meta":
-                flags = value.tolist()
+            if _dense(value) and value.dtype == torch.bool and value.shape == (size,):
+                flags = value.tolist() if _readable(value) else None
         elif isinstance(value, (list, tuple)) and len(value) == size:
             flags = value
         if flags is None or not all(isinstance(flag, bool) for flag in flags):
-            raise PayloadError(f"active_ranks is {_describe(value)}: expected bool [{size}]")
+            raise PayloadError(f"active_ranks is {describe(value)}: expected bool [{size}]")
         return sum(1 << rank for rank, flag in enumerate(flags) if flag)
 
     def inputs(
@@ -131,14 +123,15 @@ class Rules:
         """Rows, choices and scales of one dispatch."""
         seen = self._seen_inputs
         if seen is not None and scales is None:
+            was_deferred, tokens, facts_x, facts_ids, facts_weights = seen
             first, end = self.receive_memory
             try:
                 if (
-                    seen[0] is deferred
-                    and seen[1] <= rows
-                    and _facts(x) == seen[2]
-                    and _facts(topk_ids) == seen[3]
-                    and _facts(topk_weights) == seen[4]
+                    was_deferred is deferred
+                    and tokens <= rows
+                    and _facts(x) == facts_x
+                    and _facts(topk_ids) == facts_ids
+                    and _facts(topk_weights) == facts_weights
                     and x.is_contiguous()
                     and topk_ids.is_contiguous()
                     and topk_weights.is_contiguous()
@@ -165,7 +158,7 @@ class Rules:
         deferred: bool,
     ) -> None:
         accepted = self._deferred if deferred else self._plain if scales is None else self._scaled
-        if not isinstance(x, Tensor) or x.dim() != 2 or accepted.get(x.dtype) != x.shape[1]:
+        if not _dense(x) or x.dim() != 2 or accepted.get(x.dtype) != x.shape[1]:
             raise self._wrong_x(x, scales, deferred)
         tokens = x.shape[0]
         if tokens > rows:
@@ -187,7 +180,7 @@ class Rules:
     def deferral(self, defer: object) -> bool:
         """Whether bf16 travels in place of the wire."""
         if not isinstance(defer, bool):
-            raise PayloadError(f"defer is {_describe(defer)}: expected True or False")
+            raise PayloadError(f"defer is {describe(defer)}: expected True or False")
         if not self._quantized:
             return False
         if not self.spec.allow_defer:
@@ -200,20 +193,20 @@ class Rules:
     def global_scale(self, value: Tensor) -> None:
         if self.spec.wire != "nvfp4":
             raise PayloadError(f"global_scale goes with wire 'nvfp4', not {self.spec.wire!r}")
-        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.numel() != 1:
-            raise PayloadError(f"global_scale is {_describe(value)}: expected a float32 scalar")
+        if not _dense(value) or value.dtype != torch.float32 or value.numel() != 1:
+            raise PayloadError(f"global_scale is {describe(value)}: expected a float32 scalar")
         if value.device != self.device:
             raise PayloadError(f"global_scale is on {value.device}: expected {self.device}")
+        self._apart("global_scale", value)
         if value.device.type == "cpu" and not 0 < value.item() < float("inf"):
             raise PayloadError(f"global_scale is {value.item()}: expected a positive number")
-        self._apart("global_scale", value)
 
     def extra(self, given: Mapping[str, Tensor] | None, tokens: int) -> Mapping[str, Tensor]:
         given = {} if given is None else given
         if not isinstance(given, Mapping) or set(given) != set(self.spec.extra):
-            names = list(given) if isinstance(given, Mapping) else _describe(given)
+            names = list(given) if isinstance(given, Mapping) else given
             raise PayloadError(
-                f"extra has {names}: the Spec has {sorted(self.spec.extra)}; each must "
+                f"extra has {shown(names)}: the Spec has {sorted(self.spec.extra)}; each must "
                 "come with every dispatch"
             )
         for name, nbytes in self.spec.extra.items():
@@ -236,11 +229,11 @@ class Rules:
             except _NO_TENSOR:
                 pass
         size, hidden = self._combine_shape
-        fits = isinstance(y, Tensor) and y.shape == (size, rows, hidden)
+        fits = _dense(y) and y.shape == (size, rows, hidden)
         if not fits or y.dtype not in self.combine_dtypes:
             dtypes = " or ".join(str(dtype)[6:] for dtype in self.combine_dtypes)
             raise PayloadError(
-                f"y is {_describe(y)}: expected {dtypes} [W={size}, R={rows}, H={hidden}] "
+                f"y is {describe(y)}: expected {dtypes} [W={size}, R={rows}, H={hidden}] "
                 f"(combine wire {self.spec.combine_wire!r})"
             )
         self._placed("y", y)
@@ -267,7 +260,7 @@ class Rules:
                 pass
         self._shaped("out", out, (y.dtype,), (tokens, self.spec.hidden_size))
         if tokens > 1 and out.stride(0) < self.spec.hidden_size:
-            raise PayloadError(f"out is {_describe(out)}: its rows overlap")
+            raise PayloadError(f"out is {describe(out)}: its rows overlap")
         if _overlap(out, y):
             raise PayloadError("out shares memory with y, which is read while out is written")
         if not out.requires_grad:
@@ -276,19 +269,17 @@ class Rules:
     def _shaped(
         self, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]
     ) -> None:
-        if not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != shape:
+        if not _dense(value) or value.dtype not in dtypes or value.shape != shape:
             wanted = " or ".join(str(dtype)[6:] for dtype in dtypes)
-            raise PayloadError(f"{name} is {_describe(value)}: expected {wanted} {list(shape)}")
+            raise PayloadError(f"{name} is {describe(value)}: expected {wanted} {list(shape)}")
         self._placed(name, value)
 
     def _placed(self, name: str, value: Tensor) -> None:
-        if value.layout is not torch.strided:
-            raise PayloadError(f"{name} is {value.layout}: expected a dense tensor")
         if value.device != self.device:
-            raise PayloadError(f"{name} is {_describe(value)}: expected it on {self.device}")
+            raise PayloadError(f"{name} is {describe(value)}: expected it on {self.device}")
         if value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
             raise PayloadError(
-                f"{name} is {_describe(value)}: its last dimension must be contiguous (rows may be "
+                f"{name} is {describe(value)}: its last dimension must be contiguous (rows may be "
                 f"strided); pass {name}.contiguous()"
             )
         if value.requires_grad and torch.is_grad_enabled():
@@ -300,6 +291,13 @@ class Rules:
         self._apart(name, value)
 
     def _apart(self, name: str, value: Tensor) -> None:
+        if not _readable(value):
+            raise PayloadError(f"{name} is {describe(value)}: expected a tensor with memory")
+        if value.is_neg():
+            raise PayloadError(
+                f"{name} is a view whose sign is yet to be flipped (of a conjugate): expected its "
+                f"memory to hold its values; pass {name}.resolve_neg()"
+            )
         first, end = self.receive_memory
         if first <= value.data_ptr() < end:
             raise PayloadError(
@@ -312,7 +310,7 @@ class Rules:
         if scales is not None and not self._scaled:
             return PayloadError(f"scales were given: {wire} has none")
         if deferred:
-            return PayloadError(f"x is {_describe(x)}: expected {_widths(self._deferred)} to defer")
+            return PayloadError(f"x is {describe(x)}: expected {_widths(self._deferred)} to defer")
         if scales is not None:
             expected = f"{_widths(self._scaled)}, the storage of {wire}, since scales were given"
         elif self._quantized:
@@ -320,7 +318,22 @@ class Rules:
             expected = f"{_widths(self._plain)} to be quantized to {wire}, or {scaled} with scales="
         else:
             expected = f"{_widths(self._plain)} ({wire})"
-        return PayloadError(f"x is {_describe(x)}: expected {expected}")
+        return PayloadError(f"x is {describe(x)}: expected {expected}")
+
+
+def _dense(value: object) -> bool:
+    """A tensor with a shape and strides. Nested ones raise when they are asked for theirs."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether there are numbers behind it: not so in meta, fake and functorch tensors."""
+    try:
+        if value.numel() == 0:
+            return value.untyped_storage().device == value.device
+        return value.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from moe_a2a.errors import GeometryError, MoeA2AError, PeerTimeout, StateError
 from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.memory import memory_available
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +92,9 @@ class Group:
         if process_group is None:
             process_group = dist.distributed_c10d._get_default_group()
         if not isinstance(process_group, dist.ProcessGroup):
-            raise GeometryError(f"group={process_group!r}: not a group that this process is in")
+            raise GeometryError(
+                f"group={shown(process_group)}: must be a group that this process is in, or None"
+            )
         self.process_group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         if self.size > 1:

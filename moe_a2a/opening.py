@@ -12,6 +12,7 @@ from moe_a2a import backends
 from moe_a2a.errors import GeometryError
 from moe_a2a.group import LocalRank
 from moe_a2a.spec import Spec
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from moe_a2a.group import Group
@@ -27,23 +28,23 @@ def seconds(timeout: float | None) -> float:
         try:
             given = float(text)
         except ValueError:
-            raise GeometryError(f"{name}={text!r}: must be a number of seconds") from None
+            raise GeometryError(f"{name}={shown(text)}: must be a number of seconds") from None
     if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < 1e9:
         return float(given)
-    raise GeometryError(f"{name}={given!r}: must be a positive number of seconds")
+    raise GeometryError(f"{name}={shown(given)}: must be a positive number of seconds")
 
 
 def check_arguments(spec: object, backend: object, max_blocks: object, debug: object) -> None:
     """Raises `GeometryError` for an argument of the wrong kind."""
     if not isinstance(spec, Spec):
-        raise GeometryError(f"spec={spec!r}: must be a Spec")
+        raise GeometryError(f"spec={shown(spec)}: must be a Spec")
     if not isinstance(backend, str):
-        raise GeometryError(f"backend={backend!r}: must be a name, or 'auto'")
+        raise GeometryError(f"backend={shown(backend)}: must be a name, or 'auto'")
     if not isinstance(debug, bool):
-        raise GeometryError(f"debug={debug!r}: must be True or False")
+        raise GeometryError(f"debug={shown(debug)}: must be True or False")
     is_int = isinstance(max_blocks, int) and not isinstance(max_blocks, bool)
     if max_blocks is not None and not (is_int and max_blocks >= 1):  # type: ignore[operator]
-        raise GeometryError(f"max_blocks={max_blocks!r}: must be an integer >= 1, or None")
+        raise GeometryError(f"max_blocks={shown(max_blocks)}: must be an integer >= 1, or None")
 
 
 def place(device: object, backend: str, group: object) -> torch.device:
@@ -58,8 +59,11 @@ def place(device: object, backend: str, group: object) -> torch.device:
     else:
         try:
             found = torch.device(device)  # type: ignore[call-overload]
-        except (RuntimeError, TypeError) as error:
-            raise GeometryError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+        except (RuntimeError, TypeError, ValueError) as error:
+            why = str(error).splitlines()[0][:200]
+            raise GeometryError(
+                f"device={shown(device)}: {why}; must be a device such as 'cpu'"
+            ) from None
     if found.type == "cpu":
         return torch.device("cpu")  # tensors never say "cpu:0"
     if found.type != "cuda" or not torch.cuda.is_available():
@@ -68,7 +72,7 @@ def place(device: object, backend: str, group: object) -> torch.device:
     if found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     if found.index >= there:
-        raise GeometryError(f"device={device!r}: this machine has {there} CUDA devices")
+        raise GeometryError(f"device={shown(device)}: this machine has {there} CUDA devices")
     return found
 
 

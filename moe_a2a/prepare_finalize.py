@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from moe_a2a.alltoall import AllToAll
 from moe_a2a.errors import GeometryError, PayloadError
+from moe_a2a.wording import describe, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +41,10 @@ class PrepareFinalize:
     """
 
     def __init__(self, a2a: AllToAll, quant: str = "wire") -> None:
-        if quant not in ("wire", "defer"):
-            raise GeometryError(f"quant={quant!r}: must be 'wire' or 'defer'")
+        if not isinstance(quant, str) or quant not in ("wire", "defer"):
+            raise GeometryError(f"quant={shown(quant)}: must be 'wire' or 'defer'")
         if not isinstance(a2a, AllToAll):
-            raise GeometryError(f"a2a={a2a!r}: must be an AllToAll")
+            raise GeometryError(f"a2a={shown(a2a)}: must be an AllToAll")
         self.a2a = a2a
         self.quant = quant
 
@@ -133,6 +134,9 @@ class PrepareFinalize:
             raise PayloadError("apply_router_weight_on_input with scales: x is quantized already")
         if not (isinstance(x, torch.Tensor) and isinstance(topk_weights, torch.Tensor)):
             raise PayloadError("x and topk_weights must be tensors")
+        for name, value in (("x", x), ("topk_weights", topk_weights)):
+            if value.is_nested or value.layout is not torch.strided or value.dim() != 2:
+                raise PayloadError(f"{name} is {describe(value)}: expected a dense [T, n]")
         if topk_weights.dtype != torch.float32 or topk_weights.shape != (x.shape[0], 1):
             raise PayloadError(
                 f"topk_weights is {str(topk_weights.dtype)[6:]} {list(topk_weights.shape)}: "
@@ -145,6 +149,8 @@ class PrepareFinalize:
         tokens, hidden = self.a2a.round_tokens, self.a2a.spec.hidden_size
         if not isinstance(shared, torch.Tensor):
             raise PayloadError(f"shared is {type(shared).__name__}: expected a tensor")
+        if shared.is_nested or shared.layout is not torch.strided:
+            raise PayloadError(f"shared is {describe(shared)}: expected a dense tensor")
         if shared.shape != (tokens, hidden) or not shared.dtype.is_floating_point:
             raise PayloadError(
                 f"shared is {str(shared.dtype)[6:]} {list(shared.shape)}: expected a floating "
@@ -161,8 +167,11 @@ def _factor(value: object) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise PayloadError(f"routed_scaling_factor={value!r}: expected a number")
-    return torch.tensor(float(value), dtype=torch.float32)
+        raise PayloadError(f"routed_scaling_factor={shown(value)}: expected a number")
+    try:
+        return torch.tensor(float(value), dtype=torch.float32)
+    except OverflowError:
+        raise PayloadError(f"routed_scaling_factor={shown(value)}: too large for a float") from None
 
 
 def _may_overlap(a: Tensor, b: Tensor) -> bool:

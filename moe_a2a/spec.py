@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moe_a2a.errors import GeometryError
 from moe_a2a.formats import FORMATS
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from moe_a2a.workspace import Workspace
@@ -27,12 +28,14 @@ _MAX_BYTES = 1 << 48  # of a region; the layout counts in 64 bits
 
 def _count(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise GeometryError(f"{name}={value!r}: must be an integer >= {least}")
+        raise GeometryError(f"{name}={shown(value)}: must be an integer >= {least}")
+    if value > _MAX_BYTES:  # Python's integers have no end, what they are written to has
+        raise GeometryError(f"{name}={shown(value)}: at most {_MAX_BYTES}")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise GeometryError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise GeometryError(f"{name}={shown(value)}: must be one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Spec:
         self._check_extra()
         self._check_size()
         if not isinstance(self.allow_defer, bool):
-            raise GeometryError(f"allow_defer={self.allow_defer!r}: must be True or False")
+            raise GeometryError(f"allow_defer={shown(self.allow_defer)}: must be True or False")
 
     def _check_choices(self) -> None:
         if self.top_k > min(self.num_experts, _MAX_TOP_K):
@@ -99,7 +102,7 @@ class Spec:
         is_int = isinstance(invalid, int) and not isinstance(invalid, bool)
         if not is_int or 0 <= invalid < self.num_experts or not -(2**31) <= invalid < 2**31:
             raise GeometryError(
-                f"invalid_expert_id={invalid!r}: must be an int32 outside "
+                f"invalid_expert_id={shown(invalid)}: must be an int32 outside "
                 f"0..{self.num_experts - 1}, the ids of the experts"
             )
 
@@ -118,13 +121,13 @@ class Spec:
 
     def _check_extra(self) -> None:
         if not isinstance(self.extra, Mapping):
-            raise GeometryError(f"extra={self.extra!r}: must map names to bytes per token")
+            raise GeometryError(f"extra={shown(self.extra)}: must map names to bytes per token")
         if len(self.extra) > _MAX_EXTRAS:
             raise GeometryError(f"extra has {len(self.extra)} entries: at most {_MAX_EXTRAS}")
         for name, nbytes in self.extra.items():
             if not isinstance(name, str) or not name:
-                raise GeometryError(f"extra[{name!r}]: names are non-empty strings")
-            _count(f"extra[{name!r}]", nbytes)
+                raise GeometryError(f"extra[{shown(name)}]: names are non-empty strings")
+            _count(f"extra[{shown(name)}]", nbytes)
         # A copy that nobody else holds, in an order that does not depend on how it was written.
         object.__setattr__(self, "extra", dict(sorted(self.extra.items())))
 

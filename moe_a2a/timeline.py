@@ -29,7 +29,6 @@ __all__ = [
     "Timeline",
     "WaitTimes",
     "merge",
-    "save_in",
     "trace_directory",
 ]
 
@@ -161,10 +160,11 @@ class WaitTimes:
 
 @dataclass
 class Timeline:
-    """The operations of one rank of ``size``."""
+    """The operations of one rank of ``size``; a trace of them goes to ``directory`` if it is one."""
 
     rank: int
     size: int
+    directory: Path | None = None
     _kept: deque[OperationTimes] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _waits: dict[int, list[PeerWaits]] = field(init=False)
 
@@ -188,6 +188,19 @@ class Timeline:
         """JSON in Chrome's trace format: a process for the rank, a thread for each peer's waits."""
         events = [*self._names(), *(e for op in self._kept for e in _events(self.rank, op))]
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}))
+
+    def close(self) -> None:
+        """Saves what a directory is there for, and tells where; a full disk ends nothing."""
+        if self.directory is None:
+            return
+        taken = len(list(self.directory.glob(f"moe_a2a-rank{self.rank}-{os.getpid()}-*.json")))
+        path = self.directory / f"moe_a2a-rank{self.rank}-{os.getpid()}-{taken}.json"
+        try:
+            self.save(path)
+        except OSError as error:
+            print(f"moe_a2a: no trace in {path}: {error}", file=sys.stderr)
+        else:
+            print(f"moe_a2a: trace of rank {self.rank} in {path}", file=sys.stderr)
 
     def _names(self) -> Iterator[dict[str, Any]]:
         yield _name("process_name", self.rank, 0, f"rank {self.rank}")
@@ -234,19 +247,6 @@ def trace_directory() -> Path | None:
             "directory that exists"
         )
     return place
-
-
-def save_in(place: Path, timeline: Timeline) -> None:
-    """Into a file of its own, told on stderr; a full disk must not end what was traced."""
-    number = 0
-    while (path := place / f"moe_a2a-rank{timeline.rank}-{os.getpid()}-{number}.json").exists():
-        number += 1
-    try:
-        timeline.save(path)
-    except OSError as error:
-        print(f"moe_a2a: no trace in {path}: {error}", file=sys.stderr)
-        return
-    print(f"moe_a2a: trace of rank {timeline.rank} in {path}", file=sys.stderr)
 
 
 def merge(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> int:

@@ -9,15 +9,19 @@ namespace {
 class EndpointObj : public ffi::Object {
  public:
   Endpoint endpoint;
+  int64_t extra_rows[kMaxExtras] = {};  // of the tensors staged for the next dispatch
+  bool pending = false;                 // an operation answered kPending
   static constexpr bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("moe_a2a.cpu.Endpoint", EndpointObj, ffi::Object);
 };
 
-Endpoint& endpoint_of(const ffi::ObjectRef& handle) {
+EndpointObj& object_of(const ffi::ObjectRef& handle) {
   const auto* object = handle.as<EndpointObj>();
   if (object == nullptr) TVM_FFI_THROW(TypeError) << "expected an endpoint";
-  return const_cast<EndpointObj*>(object)->endpoint;
+  return *const_cast<EndpointObj*>(object);
 }
+
+Endpoint& endpoint_of(const ffi::ObjectRef& handle) { return object_of(handle).endpoint; }
 
 using NamedRegion = ffi::Tuple<ffi::String, int64_t, int64_t>;
 
@@ -40,9 +44,15 @@ ffi::Array<NamedRegion> workspace_regions(Numbers numbers) {
   return table;
 }
 
-std::vector<uint8_t*> addresses(const Numbers& windows) {
+// By rank; 0 for one that takes no part, never this one.
+std::vector<uint8_t*> addresses(const Numbers& windows, int64_t ep_size, int64_t rank) {
+  require(static_cast<int64_t>(windows.size()) == ep_size, "one window per rank");
+  require(windows[rank] != 0, "a window of this rank's own");
   std::vector<uint8_t*> out;
-  for (int64_t address : windows) out.push_back(reinterpret_cast<uint8_t*>(address));
+  for (int64_t address : windows) {
+    require(address % kLine == 0, "windows begin with a line");
+    out.push_back(reinterpret_cast<uint8_t*>(address));
+  }
   return out;
 }
 
@@ -50,11 +60,11 @@ ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numb
                              int64_t timeout_ns, int64_t spin_ns, int64_t cached) {
   const Geometry g = geometry_from(geometry);
   require(g.ep_size <= kMaxRanks, "ep_size in 1..64");
-  require(static_cast<int64_t>(windows.size()) == g.ep_size, "one window per rank");
   require(rank >= 0 && rank < g.ep_size, "rank in 0..ep_size-1");
   auto object = ffi::make_object<EndpointObj>();
   Endpoint& e = object->endpoint;
-  open_endpoint(e, g, shape_from(shape, g), static_cast<int>(rank), addresses(windows));
+  open_endpoint(e, g, shape_from(shape, g), static_cast<int>(rank),
+                addresses(windows, g.ep_size, rank));
   e.timeout_ns = timeout_ns;
   e.spin_ns = spin_ns;
   e.cached = cached;
@@ -62,14 +72,18 @@ ffi::ObjectRef endpoint_open(Numbers geometry, Numbers shape, int64_t rank, Numb
 }
 
 void stage_extra(ffi::ObjectRef handle, int64_t index, ffi::TensorView tensor) {
-  Endpoint& e = endpoint_of(handle);
+  EndpointObj& object = object_of(handle);
+  Endpoint& e = object.endpoint;
   require(index >= 0 && index < e.geometry.num_extras, "index of an extra");
+  require(tensor.ndim() == 2, "extra [T, n]");
   e.extra[index] =
       rows_of(tensor, kDLCPU, tensor.size(0), e.geometry.extra_bytes[index], "extra [T, n]");
+  object.extra_rows[index] = tensor.size(0);
 }
 
-int64_t noted(Endpoint& e, Status status) {
-  if (e.shape.debug && status != kPending) end_debug(e);
+int64_t noted(EndpointObj& object, Status status) {
+  object.pending = status == kPending;
+  if (object.endpoint.shape.debug && status != kPending) end_debug(object.endpoint);
   return status;
 }
 
@@ -77,26 +91,38 @@ int64_t run_dispatch(ffi::ObjectRef handle, ffi::TensorView x,
                      ffi::Optional<ffi::TensorView> scales, ffi::TensorView ids,
                      ffi::TensorView weights, ffi::TensorView counts, int64_t max_rows,
                      bool deferred, double global_scale, int64_t active, int64_t slice_ns) {
-  Endpoint& e = endpoint_of(handle);
+  EndpointObj& object = object_of(handle);
+  Endpoint& e = object.endpoint;
   DispatchArgs a = dispatch_args(e.geometry, e.shape, kDLCPU, e.rank, x, scales, ids, weights,
                                  counts, max_rows, deferred, active);
-  std::memcpy(a.extra, e.extra, sizeof(a.extra));
+  for_each_rank(a.active,
+                [&](int peer) { require(e.window[peer] != nullptr, "active ranks have windows"); });
+  for (int64_t i = 0; i < e.geometry.num_extras; ++i) {
+    require(object.extra_rows[i] == a.tokens, "extras of this dispatch [T, n]");
+    a.extra[i] = e.extra[i];
+    object.extra_rows[i] = 0;  // nobody keeps the tensor any longer than the call
+  }
   a.global_scale = static_cast<float>(global_scale);
-  return noted(e, dispatch(e, a, slice_ns));
+  return noted(object, dispatch(e, a, slice_ns));
 }
 
 int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView out,
                     int64_t slice_ns) {
-  Endpoint& e = endpoint_of(handle);
+  EndpointObj& object = object_of(handle);
+  Endpoint& e = object.endpoint;
   const CombineArgs a = combine_args(e.geometry, e.shape, kDLCPU, y, out, e.tokens, e.max_rows);
-  return noted(e, combine(e, a, slice_ns));
+  require(!object.pending, "no dispatch is under way");
+  return noted(object, combine(e, a, slice_ns));
 }
 
 // The rest of an operation that answered kPending.
 int64_t resume(ffi::ObjectRef handle, int64_t slice_ns) {
-  Endpoint& e = endpoint_of(handle);
-  return noted(
-      e, e.facts.phase == kDispatch ? finish_dispatch(e, slice_ns) : finish_combine(e, slice_ns));
+  EndpointObj& object = object_of(handle);
+  Endpoint& e = object.endpoint;
+  // An operation that is over has let go of its tensors.
+  require(object.pending, "an operation that answered that it is pending");
+  return noted(object, e.facts.phase == kDispatch ? finish_dispatch(e, slice_ns)
+                                                  : finish_combine(e, slice_ns));
 }
 
 // Of the last operation, with debug: [phase, round, begin, sent, arrived, end, wait for each rank]
@@ -127,9 +153,10 @@ Numbers failure_record(ffi::ObjectRef handle) {
 }
 
 void restart(ffi::ObjectRef handle, Numbers windows, int64_t epoch, int64_t generation) {
-  Endpoint& e = endpoint_of(handle);
-  require(static_cast<int64_t>(windows.size()) == e.geometry.ep_size, "one window per rank");
-  restart_endpoint(e, addresses(windows), static_cast<uint32_t>(epoch),
+  EndpointObj& object = object_of(handle);
+  Endpoint& e = object.endpoint;
+  object.pending = false;
+  restart_endpoint(e, addresses(windows, e.geometry.ep_size, e.rank), static_cast<uint32_t>(epoch),
                    static_cast<uint32_t>(generation));
 }
 
@@ -139,6 +166,7 @@ Numbers position(ffi::ObjectRef handle) {
 }
 
 void post_meeting(int64_t window, int64_t ep_size, int64_t source, Numbers words) {
+  require(window != 0 && source >= 0 && source < ep_size && ep_size <= kMaxRanks, "a line");
   require(words.size() == kMeetWords, "words of a meeting");
   int64_t plain[kMeetWords];
   for (int i = 0; i < kMeetWords; ++i) plain[i] = words[i];
@@ -146,6 +174,7 @@ void post_meeting(int64_t window, int64_t ep_size, int64_t source, Numbers words
 }
 
 Numbers read_meeting(int64_t window, int64_t ep_size, int64_t source) {
+  require(window != 0 && source >= 0 && source < ep_size && ep_size <= kMaxRanks, "a line");
   int64_t plain[kMeetWords];
   read_words(meet_line(window, ep_size, source), plain);
   Numbers out;

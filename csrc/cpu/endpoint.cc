@@ -1,6 +1,7 @@
 // The life of an endpoint between its operations.
 #include "endpoint.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "../routing.h"
@@ -24,6 +25,8 @@ void open_endpoint(Endpoint& e, const Geometry& geometry, const Shape& shape, in
 void restart_endpoint(Endpoint& e, std::vector<uint8_t*> windows, uint32_t epoch,
                       uint32_t generation) {
   e.window = std::move(windows);
+  e.tokens = e.max_rows = 0;  // rows of another generation are not to be combined
+  std::fill_n(e.received, kMaxRanks, 0);
   e.epoch = epoch;
   e.generation = generation;
   e.failure = {};

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from moe_a2a.errors import BackendUnavailable
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from moe_a2a.backends.base import Backend
@@ -29,7 +30,7 @@ def load(name: str) -> type[Backend]:
     """
     if name not in BACKENDS:
         text = f"no such backend; there are: auto, {', '.join(BACKENDS)}"
-        raise BackendUnavailable(f"backend={name!r}: {text}", reasons={name: text})
+        raise BackendUnavailable(f"backend={shown(name)}: {text}", reasons={name: text})
     module, _, attribute = BACKENDS[name].partition(":")
     found: type[Backend] = getattr(import_module(module), attribute)
     return found

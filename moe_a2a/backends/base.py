@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from moe_a2a.spec import Spec
     from moe_a2a.timeline import Timeline
 
-__all__ = ["Backend", "DispatchCall", "Opening", "ReceiveViews", "Views", "ranks_in", "signed"]
+__all__ = [
+    "REFUSED",
+    "Backend",
+    "DispatchCall",
+    "Opening",
+    "ReceiveViews",
+    "Views",
+    "ranks_in",
+    "signed",
+]
+
+REFUSED = "moe_a2a binding:"  # how a ValueError begins by which a binding refuses its arguments
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moe_a2a.formats.mxfp4 import MXFP4
 from moe_a2a.formats.mxfp8 import MXFP8
 from moe_a2a.formats.nvfp4 import NVFP4
 from moe_a2a.formats.swizzle import swizzle, unswizzle
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,5 +125,5 @@ def dequantize(
 
 def _format(wire: str) -> WireFormat:
     if not isinstance(wire, str) or wire not in FORMATS:
-        raise GeometryError(f"wire={wire!r} is unknown: use one of {', '.join(FORMATS)}")
+        raise GeometryError(f"wire={shown(wire)} is unknown: use one of {', '.join(FORMATS)}")
     return FORMATS[wire]

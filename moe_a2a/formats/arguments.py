@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_a2a.errors import GeometryError, PayloadError
+from moe_a2a.wording import describe, shown
 
 if TYPE_CHECKING:
     from moe_a2a.formats.base import WireFormat
@@ -23,9 +24,10 @@ _FLOAT_NAMES = "torch.bfloat16, torch.float16 or torch.float32"
 
 def check_tensor(name: str, value: object) -> None:
     """Raises PayloadError unless it is a dense tensor."""
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        found = value.layout if isinstance(value, torch.Tensor) else type(value).__name__
-        raise PayloadError(f"{name} must be a dense tensor; got {found}")
+    # Nested tensors say that they are strided, and raise when they are asked for their shape.
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor or value.is_nested or value.layout is not torch.strided:
+        raise PayloadError(f"{name} must be a dense tensor; got {describe(value)}")
 
 
 def check_quantize(
@@ -40,18 +42,20 @@ def check_quantize(
     """Raises the GeometryError or PayloadError that `quantize` documents."""
     check_tensor("x", x)
     if isinstance(alignment, bool) or not isinstance(alignment, int):
-        raise GeometryError(f"alignment={alignment!r}: expected an integer")
+        raise GeometryError(f"alignment={shown(alignment)}: expected an integer")
     if not isinstance(ue8m0, bool):
-        raise GeometryError(f"ue8m0={ue8m0!r}: expected True or False")
-    if rule not in wire.rules:
+        raise GeometryError(f"ue8m0={shown(ue8m0)}: expected True or False")
+    if not isinstance(rule, str) or rule not in wire.rules:
         raise GeometryError(
-            f"rule={rule!r} with wire {wire.name}: it knows {', '.join(wire.rules)}"
+            f"rule={shown(rule)} with wire {wire.name}: it knows {', '.join(wire.rules)}"
             + ("" if len(wire.rules) > 1 else "; only mxfp4 has a choice of rules")
         )
     if ue8m0 and not wire.takes_ue8m0:
         raise GeometryError(f"ue8m0=True with wire {wire.name}: only fp8_block128 has that variant")
-    if alignment < 1 or alignment % _PADDING_UNIT:
-        raise GeometryError(f"alignment={alignment} must be a positive multiple of {_PADDING_UNIT}")
+    if not 1 <= alignment < 2**31 or alignment % _PADDING_UNIT:
+        raise GeometryError(
+            f"alignment={shown(alignment)} must be a positive multiple of {_PADDING_UNIT}, below 2^31"
+        )
     if x.dtype not in _FLOATS:
         raise PayloadError(f"x must be {_FLOAT_NAMES}; got {x.dtype}")
     if x.ndim == 0:
@@ -78,8 +82,10 @@ def check_dequantize(
     check_tensor("payload", payload)
     if scales is not None:
         check_tensor("scales", scales)
-    if hidden_size is not None and not isinstance(hidden_size, int):
-        raise PayloadError(f"hidden_size={hidden_size!r}: expected an integer")
+    if hidden_size is not None and (
+        isinstance(hidden_size, bool) or not isinstance(hidden_size, int)
+    ):
+        raise PayloadError(f"hidden_size={shown(hidden_size)}: expected an integer")
     if dtype not in _FLOATS:
         raise PayloadError(f"dtype must be {_FLOAT_NAMES}; got {dtype}")
     if payload.dtype != wire.payload_dtype or payload.ndim == 0:
@@ -98,7 +104,7 @@ def check_dequantize(
     elif not (1 <= hidden_size <= columns if wire.pads_columns else hidden_size == columns):
         bound = f"1..{columns}" if wire.pads_columns else f"{columns}"
         raise PayloadError(
-            f"hidden_size={hidden_size} does not fit a payload {tuple(payload.shape)} of wire "
+            f"hidden_size={shown(hidden_size)} does not fit a payload {tuple(payload.shape)} of wire "
             f"{wire.name}: expected {bound}"
         )
     _check_scales(scales, payload, columns, wire)
@@ -132,8 +138,9 @@ def _check_global_scale(
     if not wire.takes_global_scale:
         raise PayloadError(f"global_scale with wire {wire.name}: only nvfp4 takes one, pass None")
     expected = f"a torch.float32 tensor of one element on {device}"
-    if not isinstance(global_scale, torch.Tensor):
-        raise PayloadError(f"global_scale must be {expected}; got {global_scale!r}")
+    if not isinstance(global_scale, torch.Tensor) or global_scale.is_nested:
+        raise PayloadError(f"global_scale must be {expected}; got {describe(global_scale)}")
+    check_tensor("global_scale", global_scale)
     # On the rows' own device: torch turns division by a CPU scalar into a product on a GPU.
     found = (global_scale.dtype, global_scale.numel(), global_scale.device)
     if found != (torch.float32, 1, device):

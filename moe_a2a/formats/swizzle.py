@@ -12,6 +12,7 @@ import torch
 
 from moe_a2a.errors import GeometryError, PayloadError
 from moe_a2a.formats.arguments import check_tensor
+from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,7 +110,7 @@ def unswizzle(
 def _tile(scales: torch.Tensor, layout: str) -> _Layout:
     check_tensor("scales", scales)
     if not isinstance(layout, str) or layout not in _LAYOUTS:
-        raise GeometryError(f"layout={layout!r} is unknown: use one of {', '.join(_LAYOUTS)}")
+        raise GeometryError(f"layout={shown(layout)} is unknown: use one of {', '.join(_LAYOUTS)}")
     if scales.ndim < 2 or scales.dtype.itemsize != 1:
         raise PayloadError(
             "scales must have 1-byte elements and the shape [..., rows, columns]; got "
@@ -121,6 +122,9 @@ def _tile(scales: torch.Tensor, layout: str) -> _Layout:
 def _kept(name: str, wanted: int | None, there: int) -> int:
     if wanted is None:
         return there
-    if not 0 <= wanted <= there:
-        raise PayloadError(f"{name}={wanted} must lie in 0..{there}, which is what the scales hold")
+    is_int = isinstance(wanted, int) and not isinstance(wanted, bool)
+    if not (is_int and 0 <= wanted <= there):
+        raise PayloadError(
+            f"{name}={shown(wanted)} must lie in 0..{there}, which is what the scales hold"
+        )
     return wanted
