@@ -25,8 +25,7 @@ _FLOAT_NAMES = "torch.bfloat16, torch.float16 or torch.float32"
 def check_tensor(name: str, value: object) -> None:
     """Raises PayloadError unless it is a dense tensor."""
     # Nested tensors say that they are strided, and raise when they are asked for their shape.
-    is_tensor = isinstance(value, torch.Tensor)
-    if not is_tensor or value.is_nested or value.layout is not torch.strided:
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout is not torch.strided:
         raise PayloadError(f"{name} must be a dense tensor; got {describe(value)}")
 
 
