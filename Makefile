@@ -8,8 +8,9 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh \
   tests/simt/*.h tests/simt/*.cc tests/sanitize/*.h tests/sanitize/*.cc)
 # Arguments of the benchmark: make bench ARGS="--ranks 4 --wire all"
 ARGS ?=
+MINUTES ?= 10
 
-.PHONY: bench test check compile sanitize format clean
+.PHONY: bench test check compile sanitize fuzz fuzz-binding format clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -37,6 +38,15 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
+# Whole sessions and bad calls, from another seed each time; then what the binding refuses, guided by
+# coverage and under AddressSanitizer. CONTRIBUTING.md says how a failure is repeated.
+fuzz: $(INSTALLED)
+	$(RUN) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+fuzz-binding: $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(RUN) -m tests.fuzz.atheris_binding $(or $(ARGS),-max_total_time=$$(($(MINUTES) * 60)))
+
 # Every CUDA source for every architecture, without a GPU.
 compile: $(INSTALLED)
 	$(RUN) -m moe_a2a._build
@@ -46,4 +56,4 @@ sanitize: $(INSTALLED)
 	$(RUN) -m tests.sanitize $(ARGS)
 
 clean:
-	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .bench .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -70,8 +70,8 @@ def fits(case: Case) -> bool:
 
 
 @st.composite
-def cases(draw) -> Case:
-    size = draw(st.integers(1, 4))
+def cases(draw, sizes: tuple[int, ...] = (1, 2, 3, 4)) -> Case:
+    size = draw(st.sampled_from(sizes))
     experts = draw(st.integers(1, 3 * size + 2))
     more = {
         "scrub": draw(st.sampled_from(("ids", "all"))),
