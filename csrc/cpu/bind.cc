@@ -93,6 +93,7 @@ int64_t run_dispatch(ffi::ObjectRef handle, ffi::TensorView x,
                      bool deferred, double global_scale, int64_t active, int64_t slice_ns) {
   EndpointObj& object = object_of(handle);
   Endpoint& e = object.endpoint;
+  require(slice_ns >= 0, "slice_ns");
   DispatchArgs a = dispatch_args(e.geometry, e.shape, kDLCPU, e.rank, x, scales, ids, weights,
                                  counts, max_rows, deferred, active);
   for_each_rank(a.active,
@@ -111,6 +112,7 @@ int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView ou
   EndpointObj& object = object_of(handle);
   Endpoint& e = object.endpoint;
   const CombineArgs a = combine_args(e.geometry, e.shape, kDLCPU, y, out, e.tokens, e.max_rows);
+  require(slice_ns >= 0, "slice_ns");
   require(!object.pending, "no dispatch is under way");
   return noted(object, combine(e, a, slice_ns));
 }
@@ -120,6 +122,7 @@ int64_t resume(ffi::ObjectRef handle, int64_t slice_ns) {
   EndpointObj& object = object_of(handle);
   Endpoint& e = object.endpoint;
   // An operation that is over has let go of its tensors.
+  require(slice_ns >= 0, "slice_ns");
   require(object.pending, "an operation that answered that it is pending");
   return noted(object, e.facts.phase == kDispatch ? finish_dispatch(e, slice_ns)
                                                   : finish_combine(e, slice_ns));

@@ -53,7 +53,8 @@ def check_quantize(
         raise GeometryError(f"ue8m0=True with wire {wire.name}: only fp8_block128 has that variant")
     if not 1 <= alignment < 2**31 or alignment % _PADDING_UNIT:
         raise GeometryError(
-            f"alignment={shown(alignment)} must be a positive multiple of {_PADDING_UNIT}, below 2^31"
+            f"alignment={shown(alignment)} must be a positive multiple of {_PADDING_UNIT} "
+            "below 2^31"
         )
     if x.dtype not in _FLOATS:
         raise PayloadError(f"x must be {_FLOAT_NAMES}; got {x.dtype}")
@@ -103,8 +104,8 @@ def check_dequantize(
     elif not (1 <= hidden_size <= columns if wire.pads_columns else hidden_size == columns):
         bound = f"1..{columns}" if wire.pads_columns else f"{columns}"
         raise PayloadError(
-            f"hidden_size={shown(hidden_size)} does not fit a payload {tuple(payload.shape)} of wire "
-            f"{wire.name}: expected {bound}"
+            f"hidden_size={shown(hidden_size)} does not fit a payload {tuple(payload.shape)} of "
+            f"wire {wire.name}: expected {bound}"
         )
     _check_scales(scales, payload, columns, wire)
     _check_global_scale(global_scale, wire, payload.device)

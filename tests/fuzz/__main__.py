@@ -44,13 +44,13 @@ def bad_calls(seed: int, wanted: int, tally: Counter[str]) -> None:
         tally["bad calls"] += without_an_object(own, LOT).total()
 
 
-def sessions(seed: int, pool: RankPool, tally: Counter[str]) -> None:
+def sessions(seed: int, pool: RankPool, tally: Counter[str], shrink: bool) -> None:
     quick = settings(
         max_examples=EXAMPLES,
         stateful_step_count=STEPS,
         deadline=None,
         database=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )
     machine = hypothesis.seed(seed)(sessions_of(pool, lateness=True, tally=tally))
@@ -62,6 +62,7 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=10.0)
     arguments.add_argument("--seed", type=int, help="of the first batch; else the clock's")
     arguments.add_argument("--bad-calls", type=int, default=BAD_CALLS)
+    arguments.add_argument("--shrink", action="store_true", help="a failure to fewer steps")
     given = arguments.parse_args()
     warnings.simplefilter("ignore")
     start = time.monotonic()
@@ -70,7 +71,9 @@ def main() -> int:
 
     def say(what: str) -> None:
         counts = ", ".join(f"{count:,} {name}" for name, count in sorted(tally.items()))
-        print(f"[{time.monotonic() - start:6.1f} s] {what}; so far {counts or 'nothing'}", flush=True)
+        print(
+            f"[{time.monotonic() - start:6.1f} s] {what}; so far {counts or 'nothing'}", flush=True
+        )
 
     def report() -> None:
         while True:
@@ -84,7 +87,7 @@ def main() -> int:
     with RankPool(3, timeout=100.0, preload=PRELOAD) as pool:
         while True:
             say(f"seed {seed}: {EXAMPLES} sessions")
-            sessions(seed, pool, tally)
+            sessions(seed, pool, tally, given.shrink)
             if time.monotonic() - start > given.minutes * 60:
                 break
             seed = numbers.randrange(2**31)

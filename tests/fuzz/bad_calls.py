@@ -9,17 +9,20 @@ from __future__ import annotations
 import random
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from moe_a2a import AllToAll, Spec, formats
-from moe_a2a.errors import CapacityError, GeometryError, MoeA2AError, PayloadError, StateError
+from moe_a2a.errors import CapacityError, MoeA2AError, PayloadError, StateError
 from tests.collective import rounds
-from tests.collective.rounds import Case, Round
 from tests.fuzz import wrong
 from tests.fuzz.wrong import Rng, Wrong
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_a2a import AllToAll
+    from tests.collective.rounds import Case, Round
 
 EXPECTATION = re.compile(
     "expected|must|at most|need|takes|goes with|more than|lies in|shares|overlap|no gradient|leave|"
@@ -89,10 +92,10 @@ class BadCalls:
         names = ["x", "topk_ids", "topk_weights", "scales", "global_scale", "runtime_max_tokens"]
         name = rng.choice([*names, "extra", "active_ranks", "defer"])
         change, errors = getattr(self, f"_{name}")(rng)
-        shown = change.shown if name not in ("x",) else (*change.shown, "scales")
+        shown = change.shown if name != "x" else (*change.shown, "scales")
         kept = {n: value for n, value in self.good.items() if n != name}
         return Call(
-            f"dispatch({name}={_text(change.value)})",
+            f"dispatch({name}={printed(change.value)})",
             lambda: self.a2a.dispatch(**kept, **{name: change.value}),
             shown,
             errors,
@@ -209,7 +212,7 @@ class BadCalls:
         change = wrong.tensor(rng, y, self._accepted())
         if self.memory is not None and rng.random() < 0.2:
             change = wrong.shared(rng, y, self.memory)
-        what = f"combine({_text(change.value)})"
+        what = f"combine({printed(change.value)})"
         return Call(what, lambda: self.a2a.combine(change.value), (*change.shown, "y is"))
 
     def _out(self, rng: Rng) -> Call:
@@ -224,7 +227,7 @@ class BadCalls:
             change = self._overlapping(rng, y, right)
         if change.value is None:
             change = Wrong("out", ("str",))
-        what = f"combine(out={_text(change.value)})"
+        what = f"combine(out={printed(change.value)})"
         return Call(what, lambda: self.a2a.combine(y, out=change.value), change.shown)
 
     def _overlapping(self, rng: Rng, y: torch.Tensor, right: torch.Tensor) -> Wrong:
@@ -242,7 +245,7 @@ class BadCalls:
             change = Wrong(dtype, (str(dtype),))
         elif change.value in self._accepted() if isinstance(change.value, torch.dtype) else False:
             change = Wrong("float32", ("float32",))
-        what = f"combine_buffer({_text(change.value)})"
+        what = f"combine_buffer({printed(change.value)})"
         return Call(what, lambda: self.a2a.combine_buffer(change.value), ("combine_buffer(",))
 
     # ---- whatever the phase ----------------------------------------------------------------
@@ -265,7 +268,7 @@ class BadCalls:
         change, errors = self._active_ranks(rng)
         shown = (*change.shown, "active_ranks")
         return Call(
-            f"reset({_text(change.value)})", lambda: self.a2a.reset(change.value), shown, errors
+            f"reset({printed(change.value)})", lambda: self.a2a.reset(change.value), shown, errors
         )
 
     def _signature(self, rng: Rng) -> Call:
@@ -285,109 +288,9 @@ class BadCalls:
         return Call("a wrong signature", call, (), (TypeError,))
 
 
-def _text(value: object) -> str:
+def printed(value: object) -> str:
     """For the messages of failures; some of these values can't be printed."""
     try:
         return f"{type(value).__name__} {value!r:.80}"
     except Exception:
         return type(value).__name__
-
-
-# ---- without an object -----------------------------------------------------------------------
-
-SPEC = {"ep_size": 1, "num_experts": 8, "top_k": 2, "hidden_size": 128, "max_tokens_per_rank": 4}
-HUGE = (0, -1, 2**31, 2**62, 2**64, 10**30, 10**5000, -(10**5000))
-WRONG_SPEC: dict[str, tuple[object, ...]] = {
-    "ep_size": (*HUGE[:2], *HUGE[4:]),
-    "num_experts": (*HUGE, 1),
-    "top_k": (*HUGE, 9, 33),
-    "hidden_size": (*HUGE[:2], *HUGE[3:], 120, 8, 17),
-    "max_tokens_per_rank": HUGE,
-    "wire": ("", "fp4", "BF16", "fp32", "bf16 ", "bf16\0"),
-    "combine_wire": ("", "nvfp4", "fp8", "mxfp4"),
-    "invalid_expert_id": (0, 7, 2**31, -(2**31) - 1, 10**5000),
-    "scrub": ("", "none", "ID"),
-    "alignment": (*HUGE[:2], 16, 33, 10**5000),
-    "extra": ({"a": 0}, {"": 1}, {1: 1}, {"a": 1.0}, {"a": 2**62}, {"a": 10**5000}, {"a": None}),
-    "num_eplb_experts": (-1, 10**5000),
-    "allow_defer": (0, 1),
-}
-
-
-def bad_spec(rng: Rng) -> Call:
-    name = rng.choice(sorted(WRONG_SPEC))
-    value = rng.choice(WRONG_SPEC[name])
-    if rng.random() < 0.4:
-        types = (int,) if isinstance(value, int) else (type(value), str)
-        value = wrong.no_tensor(rng, *types, *((bool,) if name == "allow_defer" else ())).value
-        value = ["extra"] if name == "extra" and isinstance(value, dict) and not value else value
-    shown = (name, "extra", "hidden_size", "top_k")  # what the rule that it breaks is about
-    arguments = {**SPEC, name: value}
-    if rng.random() < 0.05:
-        arguments.pop("top_k")
-        return Call("Spec without top_k", lambda: Spec(**arguments), (), (TypeError, GeometryError))
-    return Call(f"Spec({name}={_text(value)})", lambda: Spec(**arguments), shown, (GeometryError,))
-
-
-def bad_opening(rng: Rng) -> Call:
-    good = Spec(**SPEC)
-    name = rng.choice(("spec", "group", "backend", "device", "timeout", "max_blocks", "debug"))
-    more: dict[str, tuple[object, ...]] = {
-        "backend": ("", "nccl", "SHM", "shm\0"),
-        "device": ("", "cuda:x", "meta", "gpu", "cuda:99", torch.device("meta"), 10**30, -1),
-        "timeout": (0, -1, 0.0, float("inf"), 1e9, True, "5", 10**400),
-        "max_blocks": (0, -1, True, 1.0),
-        "debug": (0, 1),
-    }
-    value = rng.choice((wrong.no_tensor(rng, type(None)).value, *more.get(name, ())))
-    fine = {"debug": bool, "max_blocks": int, "timeout": (int, float)}
-    if isinstance(value, fine.get(name, ())):
-        value = rng.choice(more[name])
-    if name == "device" and isinstance(value, torch.device) and value.type == "cpu":
-        value = "meta"
-    arguments = {"spec": good, name: value}
-    return Call(
-        f"AllToAll({name}={_text(value)})",
-        lambda: AllToAll(**arguments).close(),
-        (name,) if name != "device" else (name, "backend", "moves"),
-        (GeometryError, MoeA2AError),
-    )
-
-
-def bad_format(rng: Rng) -> Call:
-    """quantize, dequantize, swizzle, unswizzle."""
-    wire = rng.choice(sorted(formats.FORMATS))
-    x = torch.ones(3, 128)
-    payload, scales = formats.quantize(x.bfloat16() if wire == "bf16" else x, wire)
-    kind = rng.choice(("quantize", "dequantize", "options", "swizzle"))
-    errors = (PayloadError, GeometryError)
-    bad: Wrong
-    if kind == "quantize":
-        bad = wrong.no_tensor(rng) if rng.random() < 0.3 else wrong.other_dtype(rng, x, FLOATS)
-        if rng.random() < 0.3:
-            bad = wrong.other_layout(rng, x)
-        call = lambda: formats.quantize(bad.value, wire)  # noqa: E731
-    elif kind == "dequantize":
-        bad = wrong.other_dtype(rng, payload, (payload.dtype,))
-        if rng.random() < 0.5:
-            bad = rng.choice((wrong.no_tensor(rng), wrong.other_layout(rng, payload)))
-        call = lambda: formats.dequantize(bad.value, scales, wire)  # noqa: E731
-        if rng.random() < 0.5:
-            bad = wrong.tensor(rng, scales) if scales is not None else Wrong(x, ("scales",))
-            bad = Wrong("x", ("str",)) if bad.value is None else bad
-            if bad.shown[0] in ("grad", "sign", "contiguous", "strides", "FakeTensor"):
-                bad = wrong.other_shape(rng, x)  # numbers like any other, to plain torch
-            call = lambda: formats.dequantize(payload, bad.value, wire)  # noqa: E731
-    elif kind == "swizzle":
-        bad = rng.choice((wrong.no_tensor(rng), wrong.other_layout(rng, x), Wrong(x, ("1-byte",))))
-        swizzle = rng.choice((formats.swizzle, formats.unswizzle))
-        call = lambda: swizzle(bad.value)  # noqa: E731
-    else:
-        name = rng.choice(("alignment", "rule", "ue8m0", "global_scale", "wire"))
-        bad = wrong.no_tensor(rng, type(None), *((bool,) if name == "ue8m0" else ()))
-        given = {"wire": wire, name: bad.value}
-        call = lambda: formats.quantize(x, **given)  # noqa: E731
-        bad = Wrong(bad.value, (name, "dense"))
-    return Call(
-        f"{kind} of {wire}: {_text(bad.value)}", call, (*bad.shown, "got", "scales"), errors
-    )

@@ -9,7 +9,8 @@ from collections import Counter
 from moe_a2a.testing import RankContext
 from tests.collective import rounds
 from tests.collective.rounds import Case, Round
-from tests.fuzz.bad_calls import BadCalls, bad_format, bad_opening, bad_spec, refused
+from tests.fuzz.bad_arguments import bad_format, bad_opening, bad_spec
+from tests.fuzz.bad_calls import BadCalls, refused
 
 ALONE = RankContext(0, 1, None, 0)
 CASES = (

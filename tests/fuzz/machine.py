@@ -8,7 +8,6 @@ ranks promises anything.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hypothesis import strategies as st
@@ -19,6 +18,8 @@ from tests.collective.test_random_rounds import cases, fits, round_of
 from tests.fuzz.session import Answer, step
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from moe_a2a.testing import RankPool
 
 IMPATIENT = 1.0  # seconds: enough for ranks that all come, also on a busy machine
@@ -243,7 +244,8 @@ class Sessions(RuleBasedStateMachine):
         assert answer.failed_in == phase, answer
         assert answer.ranks, answer
         assert set(answer.ranks) <= set(away), (answer, away)
-        if self.backend == "shm":
+        # A rank that gave up on an earlier reset over the same ranks counts as one that called it.
+        if self.backend == "shm" and phase != "reset":
             assert list(answer.ranks) == away, (answer, away)
 
     # ---- what all of them need ---------------------------------------------------------------

@@ -7,16 +7,19 @@ the oracle; what an order came to goes back to the machine, which knows what was
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from moe_a2a import AllToAll, Received
 from moe_a2a.errors import MoeA2AError, PeerTimeout
-from moe_a2a.testing import RankContext
 from tests.collective import rounds
 from tests.collective.rounds import Case, Round
 from tests.fuzz.bad_calls import BadCalls, refused
+
+if TYPE_CHECKING:
+    from moe_a2a.testing import RankContext
 
 
 class Answer(NamedTuple):
@@ -83,6 +86,7 @@ class Session:
         calls = BadCalls(self.a2a, self.case, rnd, self.ranks.rank)
         # Views of a window that a reset has left are memory like any other.
         calls.memory = self.recv.x if self.recv is not None else None
+        warnings.simplefilter("ignore")  # torch's, about the odd tensors
         for number in range(count):
             refused(calls.call(seed * 1000 + number))
             assert self.a2a.phase == before, f"bad call {number} left phase {self.a2a.phase}"

@@ -11,6 +11,7 @@ from moe_a2a import AllToAll, PrepareFinalize, Spec, formats
 from moe_a2a.errors import GeometryError, MoeA2AError, PayloadError
 from tests.fuzz.lots import on_an_object, without_an_object
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, about the odd tensors
 IDS, WEIGHTS = torch.tensor([[0], [7], [3]]), torch.rand(3, 1)
 X = torch.randn(3, 64).bfloat16()
 HUGE = 10**5000  # Python refuses to print it

@@ -14,4 +14,5 @@ def test_sessions(pool):
     tally: Counter[str] = Counter()
     machine = sessions_of(pool, lateness=False, tally=tally)
     run_state_machine_as_test(machine, settings=settings(max_examples=12, stateful_step_count=8))
-    assert min(tally[name] for name in ("rounds", "bad calls", "resets", "disagreements")) > 2, tally
+    for name in ("rounds", "bad calls", "resets", "disagreements"):
+        assert tally[name] > 2, tally
