@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_a2a.testing import RankPool
 
 IMPATIENT = 1.0  # seconds: enough for ranks that all come, also on a busy machine
-PATIENT = 30.0
+PATIENT = 10.0
 GRACE = 0.5  # seconds that a rank whose wait is over listens to others
 SUBSETS = st.integers(1, 6)
 
@@ -141,6 +141,7 @@ class Sessions(RuleBasedStateMachine):
                 assert (answer.error, "disagree" in answer.text) == ("StateError", True), answer
                 self._fail(rank, answer)
         self.tally["disagreements"] += 1
+        self.call_after_failure(seed)
 
     @precondition(lambda self: self.said)
     @rule(which=st.integers(0, 9))

@@ -56,6 +56,7 @@ class Session:
         self.rnd, case, rank = rnd, self.case, self.ranks.rank
         tokens = [rounds.tokens_of(case, rnd, peer) for peer in range(case.size)]
         call = rounds.call_of(case, rnd, tokens[rank], self.a2a.device)
+        self.a2a.check()
         if not says_active:
             call.pop("active_ranks", None)
         self.recv = recv = self.a2a.dispatch(**call)
@@ -73,6 +74,8 @@ class Session:
         out = None
         if rnd.memory == "strided":
             out = rounds.placed(torch.full((len(mine.x), case.hidden), 5.0, dtype=y.dtype), True)
+        elif rnd.seed % 2:
+            out = torch.full((len(mine.x), case.hidden), 5.0, dtype=y.dtype)
         result = self.a2a.combine(y, out=out)
         rounds.same_values("combine", result, rounds.sums_of(case, rnd, rank, mine))
         return result.nbytes
