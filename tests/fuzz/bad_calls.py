@@ -104,7 +104,7 @@ class BadCalls:
     def _tensor(self, rng: Rng, name: str, *accepted: torch.dtype) -> tuple[Wrong, tuple]:
         right = self.good[name]
         if self.memory is not None and rng.random() < 0.1:
-            return wrong.shared(rng, right, self.memory), (PayloadError,)
+            return wrong.shared(rng, right, self.memory), (PayloadError, CapacityError)
         return wrong.tensor(rng, right, accepted), (PayloadError, CapacityError)
 
     def _x(self, rng: Rng) -> tuple[Wrong, tuple]:

@@ -182,6 +182,7 @@ class Sessions(RuleBasedStateMachine):
         self._order([("close",)] * self.size, "")
         self._order([("again", which)] * self.size, None if self.said else "StateError")
         self.case = None
+        self.said.clear()
 
     # ---- ranks that do not come --------------------------------------------------------------
 
