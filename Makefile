@@ -10,7 +10,7 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh \
 ARGS ?=
 MINUTES ?= 10
 
-.PHONY: bench test check compile sanitize fuzz fuzz-binding format clean
+.PHONY: bench test check compile sanitize model fuzz fuzz-binding format clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -51,9 +51,16 @@ fuzz-binding: $(INSTALLED)
 compile: $(INSTALLED)
 	$(RUN) -m moe_a2a._build
 
+<<<<<<< HEAD
 # Rounds of the CPU kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(INSTALLED)
 	$(RUN) -m tests.sanitize $(ARGS)
+=======
+# The protocol, model-checked; ARGS=--quick for what takes seconds. Needs spin and gcc, no Python
+# packages.
+model:
+	$(PYTHON) docs/protocol/check.py $(ARGS)
+>>>>>>> 9809b30 (make model; the landing runs the quick half of it; tests that take away a rule each)
 
 clean:
 	rm -rf $(VENV) .bench .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -160,7 +160,7 @@ class WaitTimes:
 
 @dataclass
 class Timeline:
-    """The operations of one rank of ``size``; a trace of them goes to ``directory`` if it is one."""
+    """The operations of one rank of ``size``. A trace of them goes to ``directory``, if any."""
 
     rank: int
     size: int

@@ -60,7 +60,6 @@ class Outcome:
 
 _FAULTS = "LINES FAULTS ROUNDS=1 SILENCES=0"
 _WRAP = "EPOCHS=4 FIRST=3"
-_THREE = "W=3 ROUNDS=2 SILENCES=0 ROWS_GROW"
 
 CONFIGURATIONS = (
     Configuration("packets and bulk, lines", "LINES CHUNKS=2", quick=True),
@@ -97,8 +96,13 @@ CONFIGURATIONS = (
         "faults: wrap-around, generation apart", f"{_FAULTS} EPOCHS=4 FIRST=4 GENERATION_APART"
     ),
     Configuration("faults: no run without an end", f"{_FAULTS} ROWS_GROW", cycles=True),
-    Configuration("three ranks, packets", f"LINES ONLY_PACKETS {_THREE}"),
-    Configuration("three ranks, bulk", f"LINES ONLY_BULK {_THREE}"),
+    Configuration("three ranks, packets", "W=3 LINES ONLY_PACKETS SILENCES=0 ROWS_GROW"),
+    Configuration("three ranks, packets and bulk, lines", "W=3 LINES AT_ONCE"),
+    Configuration("three ranks, packets and bulk, strict", "W=3 STRICT AT_ONCE"),
+    Configuration("three ranks, three rounds", "W=3 LINES AT_ONCE SILENCES=0 ROUNDS=3"),
+    Configuration(
+        "three ranks, wrap-around", f"W=3 LINES AT_ONCE SILENCES=0 ROUNDS=3 STALE {_WRAP}"
+    ),
 )
 
 
@@ -119,13 +123,15 @@ def _run(command: list[str], directory: Path, limit: float) -> str:
     return done.stdout + done.stderr
 
 
-def _generate(spin: str, gcc: str, model: Configuration, defines: list[str], to: Path) -> None:
+def _generate(
+    spin: str, gcc: str, optimize: str, model: Configuration, defines: list[str], to: Path
+) -> None:
     said = _run([spin, "-a", *defines, str(HERE / f"{model.source}.pml")], to, 60)
     # spin goes on after a syntax error, with less of a model.
     if "Error" in said or not (to / "pan.c").exists():
         raise CheckError(f"{model.name}: spin says\n{said}")
     kind = ["-DNP"] if model.cycles else ["-DSAFETY"]
-    flags = ["-O2", "-w", "-DCOLLAPSE", "-DVECTORSZ=2048", f"-DMEMLIM={_MEMORY_MIB}", *kind]
+    flags = [optimize, "-w", "-DCOLLAPSE", "-DVECTORSZ=2048", f"-DMEMLIM={_MEMORY_MIB}", *kind]
     said = _run([gcc, *flags, "-o", "pan", "pan.c"], to, 120)
     if not (to / "pan").exists():
         raise CheckError(f"{model.name}: gcc says\n{said}")
@@ -142,8 +148,15 @@ def _violated(said: str) -> str | None:
     return next((p for p in PROPERTIES if p in found[1]), found[1])
 
 
-def check(model: Configuration, *, trail: bool = False, limit: float = 3600) -> Outcome:
+def check(
+    model: Configuration, *, trail: bool = False, limit: float = 3600, optimize: str = "-O2"
+) -> Outcome:
     """Explores all runs of ``model``, or ends at the first one that breaks a property.
+
+    Args:
+        trail: bring the steps of that run.
+        limit: seconds.
+        optimize: for gcc. A model of which a small part is looked at compiles longer than it runs.
 
     Raises:
         CheckError: spin or gcc is missing, or all runs were not explored.
@@ -152,9 +165,11 @@ def check(model: Configuration, *, trail: bool = False, limit: float = 3600) -> 
     defines = [f"-D{name}" for name in model.defines.split()]
     with tempfile.TemporaryDirectory() as directory:
         to = Path(directory)
-        _generate(spin, gcc, model, defines, to)
+        _generate(spin, gcc, optimize, model, defines, to)
         start = time.monotonic()
-        said = _run(["./pan", "-n", "-m20000", *(["-l"] if model.cycles else [])], to, limit)
+        said = _run(
+            ["./pan", "-n", "-m20000", "-w20", *(["-l"] if model.cycles else [])], to, limit
+        )
         seconds = time.monotonic() - start
         numbers = [
             re.search(pattern, said)
@@ -166,9 +181,7 @@ def check(model: Configuration, *, trail: bool = False, limit: float = 3600) -> 
             raise CheckError(f"{model.name}: not all runs were explored\n{said[-2000:]}")
         steps = ""
         if trail and violates is not None:
-            steps = _run(
-                [spin, "-t", "-p", *defines, str(HERE / f"{model.source}.pml")], to, 60
-            )
+            steps = _run([spin, "-t", "-p", *defines, str(HERE / f"{model.source}.pml")], to, 60)
         states, memory = (float(n[1]) for n in numbers if n is not None)
     return Outcome(violates, int(states), seconds, memory, steps)
 
@@ -198,11 +211,8 @@ def main() -> int:
         if outcome.violates != model.expects:
             verdict += f", expected: {model.expects or 'holds'}"
             wrong += 1
-        print(
-            f"{outcome.states:>12,} states {outcome.seconds:>7.1f} s {outcome.memory_mib:>6,.0f} MiB"
-            f"  {verdict}",
-            flush=True,
-        )
+        cost = f"{outcome.seconds:>7.1f} s {outcome.memory_mib:>6,.0f} MiB"
+        print(f"{outcome.states:>12,} states {cost}  {verdict}", flush=True)
         if outcome.trail:
             print(outcome.trail)
     print(f"{len(wanted)} configurations, {time.monotonic() - start:.0f} s, {wrong} wrong")

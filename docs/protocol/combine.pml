@@ -55,7 +55,8 @@ inline header_combines() {
       if
       :: PEER(p) ->
          IDLE_OR_LOST(going_combine[PAIR(r, p)]);
-         going_combine[PAIR(r, p)] = tag
+         going_combine[PAIR(r, p)] = tag;
+         AFTER_COMBINE_HEADER
       :: else
       fi
     }

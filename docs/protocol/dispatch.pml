@@ -29,7 +29,7 @@ inline write_view(source, first, value) {
 /* announce_block: red.release, one block's share. */
 inline add_to_counters() {
   for (p : 0 .. W - 1) {
-    if :: PEER(p) -> going_adds[PAIR(r, p)]++ :: else fi
+    if :: PEER(p) -> ADD_TO_COUNTER :: else fi
   };
   p = 0
 }
@@ -151,7 +151,8 @@ inline header_dispatches() {
       :: PEER(p) ->
          IDLE_OR_LOST(going_dispatch[PAIR(r, p)]);
          going_dispatch[PAIR(r, p)] = tag;
-         going_count[PAIR(r, p)] = sends[r]
+         going_count[PAIR(r, p)] = sends[r];
+         AFTER_DISPATCH_HEADER
       :: else
       fi
     };

@@ -115,22 +115,40 @@ inline end_of_kernel(owner) {
  * this kernel. That it also orders stores on their way to peers is not made use of. */
 inline fence(owner) { earlier[owner] = 0 }
 
+inline land_dispatch_header(pair) {
+  IDLE_OR_LOST(unheard_dispatch[pair]);
+  dispatch_header[pair] = going_dispatch[pair];
+  dispatch_count[pair] = going_count[pair];
+  unheard_dispatch[pair] = 1;
+  going_dispatch[pair] = 0; going_count[pair] = 0
+}
+
+inline land_combine_header(pair) {
+  IDLE_OR_LOST(unheard_combine[pair]);
+  combine_header[pair] = going_combine[pair];
+  unheard_combine[pair] = 1;
+  going_combine[pair] = 0
+}
+
+/* For three ranks: headers and additions land as they are issued. A poll that comes late stands for
+ * one that lands late. */
+#ifdef AT_ONCE
+#define AFTER_DISPATCH_HEADER land_dispatch_header(PAIR(r, p))
+#define AFTER_COMBINE_HEADER land_combine_header(PAIR(r, p))
+#define ADD_TO_COUNTER counter[PAIR(r, p)]++
+#else
+#define AFTER_DISPATCH_HEADER skip
+#define AFTER_COMBINE_HEADER skip
+#define ADD_TO_COUNTER going_adds[PAIR(r, p)]++
+#endif
+
 /* All stores of one rank to another one, landing in any order. */
 proctype link(byte from, to) {
   byte q = PAIR(from, to);
 end:
   do
-  :: d_step { going_dispatch[q] != 0 ->
-       IDLE_OR_LOST(unheard_dispatch[q]);
-       dispatch_header[q] = going_dispatch[q];
-       dispatch_count[q] = going_count[q];
-       unheard_dispatch[q] = 1;
-       going_dispatch[q] = 0; going_count[q] = 0 }
-  :: d_step { going_combine[q] != 0 ->
-       IDLE_OR_LOST(unheard_combine[q]);
-       combine_header[q] = going_combine[q];
-       unheard_combine[q] = 1;
-       going_combine[q] = 0 }
+  :: d_step { going_dispatch[q] != 0 -> land_dispatch_header(q) }
+  :: d_step { going_combine[q] != 0 -> land_combine_header(q) }
 #ifndef ONLY_BULK
   :: d_step { (going_lines[q] & 1) != 0 ->
        line[q * CHUNKS] = going_tag[q];
