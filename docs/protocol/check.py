@@ -95,6 +95,15 @@ CONFIGURATIONS = (
     Configuration(
         "faults: wrap-around, generation apart", f"{_FAULTS} EPOCHS=4 FIRST=4 GENERATION_APART"
     ),
+    Configuration(
+        "faults: an excluded rank has wrapped (known)",
+        f"{_FAULTS} ONLY_PACKETS EXCLUDE ROWS_GROW EPOCHS=4 FIRST=4 NOT_WITHOUT_RESET",
+        expects="excluded_unnoticed",
+    ),
+    Configuration(
+        "faults: an excluded rank has wrapped, generation apart",
+        f"{_FAULTS} ONLY_PACKETS EXCLUDE ROWS_GROW EPOCHS=4 FIRST=4 GENERATION_APART",
+    ),
     Configuration("faults: no run without an end", f"{_FAULTS} ROWS_GROW", cycles=True),
     Configuration("three ranks, packets", "W=3 LINES ONLY_PACKETS SILENCES=0 ROWS_GROW"),
     Configuration("three ranks, packets and bulk, lines", "W=3 LINES AT_ONCE"),
@@ -200,7 +209,7 @@ def main() -> int:
     ]
     wrong, start = 0, time.monotonic()
     for model in wanted:
-        print(f"{model.name:<50}", end="", flush=True)
+        print(f"{model.name:<56}", end="", flush=True)
         try:
             outcome = check(model, trail=arguments.trail)
         except CheckError as error:
