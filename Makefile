@@ -51,16 +51,14 @@ fuzz-binding: $(INSTALLED)
 compile: $(INSTALLED)
 	$(RUN) -m moe_a2a._build
 
-<<<<<<< HEAD
 # Rounds of the CPU kernels under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(INSTALLED)
 	$(RUN) -m tests.sanitize $(ARGS)
-=======
+
 # The protocol, model-checked; ARGS=--quick for what takes seconds. Needs spin and gcc, no Python
 # packages.
 model:
 	$(PYTHON) docs/protocol/check.py $(ARGS)
->>>>>>> 9809b30 (make model; the landing runs the quick half of it; tests that take away a rule each)
 
 clean:
 	rm -rf $(VENV) .bench .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

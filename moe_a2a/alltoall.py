@@ -107,8 +107,8 @@ class AllToAll:
         chosen = backends.choose(backend, self.device.type, spec, ranks)
         self.backend = chosen.name
         self._timeline = Timeline(ranks.rank, spec.ep_size, traces) if debug else None
-        opened = Opening(spec, ranks, self.device, limit, self._timeline, max_blocks)
-        self._impl = chosen.open(opened)
+        how = Opening(spec, ranks, self.device, limit, self._timeline, max_blocks)
+        self._impl = chosen.open(how)
         self._rules = Rules(spec, self.device, self._impl.receive_memory)
         self._blocked = False
         self._everyone = self._active = (1 << spec.ep_size) - 1
@@ -317,8 +317,7 @@ class AllToAll:
     def save_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the phases of this rank's last operations for Perfetto (ui.perfetto.dev) to load.
 
-        ``python -m moe_a2a merge-traces`` puts those of several ranks into one file. Needs
-        ``debug=True``; otherwise as `wait_times`.
+        ``python -m moe_a2a merge-traces`` makes one of several. Otherwise as `wait_times`.
         """
         self._times("save_trace").save(path)
 

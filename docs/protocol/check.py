@@ -74,10 +74,7 @@ CONFIGURATIONS = (
         "faults: a rank stops, reset without it", f"{_FAULTS} STOPS PATIENT ROWS_GROW", quick=True
     ),
     Configuration(
-        "faults: wrap-around while waits give up (known)",
-        f"{_FAULTS} EPOCHS=4 FIRST=4",
-        quick=True,
-        expects="excluded_without_reset",
+        "faults: wrap-around while waits give up", f"{_FAULTS} EPOCHS=4 FIRST=4", quick=True
     ),
     Configuration("shm", "ROUNDS=3 CHUNKS=2", quick=True, source="shm"),
     Configuration("shm: wrap-around", f"ROUNDS=3 {_WRAP}", quick=True, source="shm"),
@@ -93,16 +90,8 @@ CONFIGURATIONS = (
         expects="overwritten_before_read",
     ),
     Configuration(
-        "faults: wrap-around, generation apart", f"{_FAULTS} EPOCHS=4 FIRST=4 GENERATION_APART"
-    ),
-    Configuration(
-        "faults: an excluded rank has wrapped (known)",
-        f"{_FAULTS} ONLY_PACKETS EXCLUDE ROWS_GROW EPOCHS=4 FIRST=4 NOT_WITHOUT_RESET",
-        expects="excluded_unnoticed",
-    ),
-    Configuration(
-        "faults: an excluded rank has wrapped, generation apart",
-        f"{_FAULTS} ONLY_PACKETS EXCLUDE ROWS_GROW EPOCHS=4 FIRST=4 GENERATION_APART",
+        "faults: an excluded rank has wrapped",
+        f"{_FAULTS} ONLY_PACKETS EXCLUDE ROWS_GROW EPOCHS=4 FIRST=4",
     ),
     Configuration("faults: no run without an end", f"{_FAULTS} ROWS_GROW", cycles=True),
     Configuration("three ranks, packets", "W=3 LINES ONLY_PACKETS SILENCES=0 ROWS_GROW"),

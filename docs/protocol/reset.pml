@@ -6,11 +6,11 @@ bit at_host[W];
 byte meeting;    /* of the reset; 0: nobody has come */
 byte met_before, met_after; /* masks: the two meetings */
 byte most_epoch, most_generation;
-#ifdef GENERATION_APART /* proposed: resets alone count, not the tag's high word */
+#ifdef BUG_WRAPS_COUNT /* what stands above the epoch is the generation, wrap-arounds and all */
+#define POSTS(tag) GENERATION(tag)
+#else
 byte resets[W];
 #define POSTS(tag) (resets[r] + 1)
-#else
-#define POSTS(tag) GENERATION(tag)
 #endif
 #define MEETING_OVER(met) (((met) & meeting) == meeting)
 
@@ -41,9 +41,7 @@ inline give_up() {
        for (p : 0 .. W - 1) {
          if :: p != r && post[PAIR(p, r)] > POSTS(tag) -> i = 1 :: else fi
        };
-#ifndef NOT_WITHOUT_RESET /* to see past it */
        assert(!i || excluded[r] || excluded_without_reset);
-#endif
        assert(i || !excluded[r] || excluded_unnoticed);
        for (p : 0 .. W - 1) {
          if :: p != r -> post[PAIR(r, p)] = POSTS(tag) :: else fi
@@ -126,7 +124,7 @@ inline reset() {
 #else
     tag = TAG(most_generation + 1, i);
 #endif
-#ifdef GENERATION_APART
+#if !defined(BUG_WRAPS_COUNT) && !defined(BUG_SAME_GENERATION)
     resets[r]++;
 #endif
     dispatch_tag[r] = tag; combine_tag[r] = 0;
