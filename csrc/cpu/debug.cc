@@ -12,8 +12,9 @@ int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
 }
 
-void fill(Endpoint& e, int id, int byte) {
-  std::memset(e.region(e.rank, id), byte, e.layout.region[id].nbytes);
+void fill(Endpoint& e, int id, int byte, int64_t row_bytes) {
+  const Geometry& g = e.geometry;
+  std::memset(e.region(e.rank, id), byte, g.ep_size * g.max_tokens * row_bytes);
 }
 
 // NaN in every format that has one; no expert has such an id.
@@ -23,13 +24,16 @@ constexpr int kPoison = 0xFF, kNoExpert = 0x7F;
 // all of the combine before has arrived. They write rows when they are through with the combine
 // that begins here, for which they have to hear of it, and all of this round's rows have arrived.
 void poison(Endpoint& e) {
+  const Geometry& g = e.geometry;
   if (e.facts.phase == kDispatch) {
-    fill(e, kCombine, kPoison);
+    fill(e, kCombine, kPoison, g.combine_bytes);
     return;
   }
-  for (int id : {kPayload, kScales, kWeights}) fill(e, id, kPoison);
-  for (int i = 0; i < e.geometry.num_extras; ++i) fill(e, kExtra + i, kPoison);
-  fill(e, kIds, kNoExpert);
+  fill(e, kPayload, kPoison, g.payload_bytes);
+  fill(e, kScales, kPoison, g.scale_bytes);
+  fill(e, kIds, kNoExpert, g.top_k * 4);
+  fill(e, kWeights, kPoison, g.top_k * 4);
+  for (int i = 0; i < g.num_extras; ++i) fill(e, kExtra + i, kPoison, g.extra_bytes[i]);
 }
 
 }  // namespace

@@ -38,6 +38,9 @@ CHANGES = {
         "thread", RACE, Change("cpu/dispatch.cc", SENT, SENT + SEND_AGAIN)),
     "rows summed before they are awaited": (
         "thread", RACE, Change("cpu/combine.cc", AWAIT, "reduce(e);\n  " + AWAIT)),
+    "poison where peers may be writing": (
+        "thread", RACE, Change("cpu/debug.cc", "e.facts.phase == kDispatch",
+                               "e.facts.phase == kCombineOp")),
     "a row too many is scrubbed": (
         "address,undefined", "AddressSanitizer: use-after-poison",
         Change("cpu/dispatch.cc", "e.max_rows - e.received[source];",
