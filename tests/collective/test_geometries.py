@@ -81,6 +81,7 @@ def owner_of_67(expert: int, size: int) -> int:
     return expert // 2 if expert < 6 else expert - 3  # 3 ranks own two experts, the rest one
 
 
+@pytest.mark.slow
 def test_64_ranks():
     exits = run_ranks(64, whole_tokens, preload=PRELOAD, timeout=60)
     assert [rank.error for rank in exits if rank.exitcode] == []

@@ -94,7 +94,9 @@ def test_plain_rows_of_several_parts(pool, hidden):
     pool.run(play_case, "simt", Case(2, hidden=hidden, capacity=9, more=IN_BULK), rounds, ranks=2)
 
 
-@pytest.mark.parametrize(("multiprocessors", "ranks"), [(400, 2), (25, 5)])
+@pytest.mark.parametrize(
+    ("multiprocessors", "ranks"), [(400, 2), pytest.param(25, 5, marks=pytest.mark.slow)]
+)
 def test_slots_from_what_many_blocks_say(pool, multiprocessors, ranks):
     """More blocks than lanes, fewer tokens than blocks, several tiles a block, an odd rank."""
     case = Case(ranks, experts=2 * ranks, top_k=2, hidden=16, capacity=330, more=IN_BULK)
@@ -106,6 +108,7 @@ def test_slots_from_what_many_blocks_say(pool, multiprocessors, ranks):
     pool.run(on_a_device, multiprocessors, "simt", case, rounds, ranks=ranks)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_lanes():
     with RankPool(34, preload=PRELOAD) as pool:
         for capacity, more in ((40, {}), (4, IN_BULK)):
