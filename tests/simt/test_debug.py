@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe_a2a import AllToAll
 from moe_a2a.__main__ import main
 from moe_a2a.errors import GeometryError, PeerTimeout, StateError
+from tests.collective.places import meet
 from tests.collective.rounds import Case, Round, opened, play, send, tokens_of
 from tests.oracle_formats import WIRES
 from tests.simt.backend import register
@@ -51,7 +51,7 @@ def finds_poison(ranks, backend):
         assert not recv.x.float().isnan().all()
         a2a.combine(a2a.combine_buffer().zero_())
         a2a.check()
-        torch.distributed.barrier(ranks.group)
+        meet(ranks)
         assert recv.x.float().isnan().all()
         assert (recv.scales == 0xFF).all()
         assert (recv.topk_ids == 0x7F7F7F7F).all()
@@ -72,7 +72,7 @@ def waits_for_a_slow_rank(ranks, backend):
             if ranks.rank == 1 and n == 2:
                 time.sleep(LATE)
             play(a2a, ranks, case, Round(n))
-        torch.distributed.barrier(ranks.group)
+        meet(ranks)
         waits = a2a.wait_times()
         text = str(waits)
         return waits, text
@@ -105,7 +105,7 @@ def gives_up(ranks, backend):
                 play(a2a, ranks, case, Round(1))
             assert time.monotonic() - start < LATE + 1
             assert a2a.wait_times().dispatch[1].longest > LATE * 0.5e6
-        torch.distributed.barrier(ranks.group)
+        meet(ranks)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +121,7 @@ def traces(ranks, backend, folder):
     with opened(ranks, backend, case, debug=True) as a2a:
         for n in range(3):
             play(a2a, ranks, case, Round(n))
-        torch.distributed.barrier(ranks.group)
+        meet(ranks)
         a2a.save_trace(path)
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
     whole = [e for e in events if e["tid"] == 0 and e["name"].startswith(("disp", "comb"))]
