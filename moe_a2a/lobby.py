@@ -22,6 +22,9 @@ __all__ = ["Board", "Lobby", "Note", "StoreBoard"]
 
 _BROUGHT, _SAW, _DONE = 1, 2, 3
 _NOTHING = [0] * 10
+# Seconds past the limit for a meeting of which everyone has been seen to come: without it a rank
+# whose limit is over just as the last one comes gives up what the others take for granted.
+_GRACE = 0.4
 
 
 class Note(NamedTuple):
@@ -32,6 +35,14 @@ class Note(NamedTuple):
     epoch: int
     generation: int
     ticket: tuple[int, int, int]  # by which its fresh window can be opened; the backend's own
+
+
+class _Post(NamedTuple):
+    """What a board says of a rank."""
+
+    note: Note
+    answer: tuple[int, int]  # stage, digest
+    finished: int  # digest of the last meeting that it has finished
 
 
 class Board(Protocol):
@@ -80,7 +91,8 @@ class Lobby:
         self.used = list(used)
         self._attempt = self.used[rank]
         self._note: Note | None = None
-        self._digest = 0
+        self._digest = self._finished = 0
+        self._until = 0.0
 
     def meet(
         self,
@@ -102,28 +114,44 @@ class Lobby:
         own = self._note = Note(self._attempt, mask, epoch, generation, (*ticket,))
         self._post(ranks, _BROUGHT, 0)
         self._digest = 0
+        self._until = self._start + self._timeout
         others = [rank for rank in ranks if rank != self._rank]
         while True:
             posts = self._read(others)
             here = {
                 peer: answer
-                for peer, (note, answer) in posts.items()
+                for peer, (note, answer, _) in posts.items()
                 if note.ranks == mask and note.attempt > self.used[peer]
             }
             missing = [peer for peer in others if peer not in here]
             if not missing:
-                notes = {peer: note for peer, (note, _) in posts.items()} | {self._rank: own}
+                notes = {peer: note for peer, (note, _, _) in posts.items()} | {self._rank: own}
                 digest = zlib.crc32(repr(sorted(notes.items())).encode()) | 1
                 if digest != self._digest:
                     self._post(ranks, _SAW, digest)
                     self._digest = digest
+                    self._until = self._start + self._timeout + _GRACE
                 missing = [p for p, (stage, saw) in here.items() if stage < _SAW or saw != digest]
                 if not missing:
                     break
-            self._pause(ranks, missing)
+            self._pause(ranks, self._blamed(posts, mask, missing))
         for peer, note in notes.items():
             self.used[peer] = note.attempt
         return notes
+
+    def _blamed(self, posts: dict[int, _Post], mask: int, missing: list[int]) -> list[int]:
+        """Whom to name, should the time be over now.
+
+        A rank that has come for a meeting of others is alive: it may have given this one up, a
+        moment before this rank does, for want of one that did come but never answered. It is named
+        only where there is nobody else.
+        """
+        fresh = {p: post.note.ranks for p, post in posts.items() if post.note.attempt > self.used[p]}
+        silent = {peer for peer in missing if fresh.get(peer, mask) == mask}
+        if self._digest:
+            came = [peer for peer, ranks in fresh.items() if ranks == mask]
+            silent |= {peer for peer in came if posts[peer].answer[1] != self._digest}
+        return sorted(silent) or missing
 
     def finish(self, ranks: list[int]) -> None:
         """Returns when everyone has taken what the others brought.
@@ -132,32 +160,35 @@ class Lobby:
             PeerTimeout: with those that have not.
         """
         self._post(ranks, _DONE, self._digest)
+        self._until = max(self._until, time.monotonic() + _GRACE)
         others = [rank for rank in ranks if rank != self._rank]
         while missing := [
             peer
-            for peer, (note, answer) in self._read(others).items()
-            # A later attempt: it finished this meeting, and has come for the next one.
-            if answer != (_DONE, self._digest) and note.attempt <= self.used[peer]
+            for peer, (_, answer, finished) in self._read(others).items()
+            # It may have finished and come for the next meeting; a later attempt alone does not
+            # say so: it may as well have given this one up.
+            if answer != (_DONE, self._digest) and finished != self._digest
         ]:
             self._pause(ranks, missing)
+        self._finished = self._digest
 
     def _post(self, ranks: list[int], stage: int, digest: int) -> None:
         assert self._note is not None
-        words = [*self._note[:4], *self._note.ticket, stage, digest, 0]
+        words = [*self._note[:4], *self._note.ticket, stage, digest, self._finished]
         self._board.post([rank for rank in ranks if rank != self._rank], words)
 
-    def _read(self, peers: list[int]) -> dict[int, tuple[Note, tuple[int, int]]]:
-        """By peer: its note, and (stage, digest)."""
+    def _read(self, peers: list[int]) -> dict[int, _Post]:
+        """By peer."""
         posts = {}
         for peer, words in zip(peers, self._board.read(peers), strict=True):
             ticket = (words[4], words[5], words[6])
             note = Note(words[0], words[1], words[2], words[3], ticket)
-            posts[peer] = (note, (words[7], words[8]))
+            posts[peer] = _Post(note, (words[7], words[8]), words[9])
         return posts
 
     def _pause(self, ranks: list[int], missing: list[int]) -> None:
         waited = time.monotonic() - self._start
-        if waited > self._timeout:
+        if time.monotonic() > self._until:
             call = "AllToAll(...)" if self._occasion == "open" else "reset()"
             raise PeerTimeout(
                 f"{self._occasion} on rank {self._rank}: ranks {', '.join(map(str, missing))} did "
