@@ -8,9 +8,11 @@ CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh \
   tests/simt/*.h tests/simt/*.cc tests/sanitize/*.h tests/sanitize/*.cc)
 # Arguments of the benchmark: make bench ARGS="--ranks 4 --wire all"
 ARGS ?=
+# make soak MINUTES=10 [RANKS=8] [SEED=1] [DEVICE=cpu|simt|cuda]
 MINUTES ?= 10
+DEVICE ?= cpu
 
-.PHONY: bench test check compile sanitize model fuzz fuzz-binding format clean
+.PHONY: bench test check compile sanitize model fuzz fuzz-binding soak format clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -23,6 +25,10 @@ bench: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(ARGS)
+
+soak: $(INSTALLED)
+	$(RUN) -m tests.soak --minutes $(MINUTES) --device $(DEVICE) \
+	  $(if $(RANKS),--ranks $(RANKS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -11,9 +11,11 @@ namespace moe_a2a {
 // never an epoch.
 MOE_HD uint32_t next_epoch(uint32_t epoch) { return epoch + 1 == 0 ? 1 : epoch + 1; }
 
-// Of two operations that ranks of one generation are in, so far less than half of all apart.
-MOE_HD bool is_later(uint32_t epoch, uint32_t than) {
-  return static_cast<int32_t>(epoch - than) > 0;
+// How many operations `seen` is behind `epoch`; negative where it is ahead. Ranks of one generation
+// are far less than half of all operations apart.
+MOE_HD int32_t operations_since(uint32_t seen, uint32_t epoch) {
+  const int32_t behind = static_cast<int32_t>(epoch - seen);
+  return behind > 0 && seen > epoch ? behind - 1 : behind;  // wrapped around: 0 was left out
 }
 
 enum Phase : uint32_t { kIdle = 0, kDispatch = 1, kCombineOp = 2 };

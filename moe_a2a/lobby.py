@@ -146,7 +146,8 @@ class Lobby:
         moment before this rank does, for want of one that did come but never answered. It is named
         only where there is nobody else.
         """
-        fresh = {p: post.note.ranks for p, post in posts.items() if post.note.attempt > self.used[p]}
+        notes = {peer: post.note for peer, post in posts.items()}
+        fresh = {peer: n.ranks for peer, n in notes.items() if n.attempt > self.used[peer]}
         silent = {peer for peer in missing if fresh.get(peer, mask) == mask}
         if self._digest:
             came = [peer for peer, ranks in fresh.items() if ranks == mask]

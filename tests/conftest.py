@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from moe_a2a.backends import BACKENDS
 from moe_a2a.local_ranks import CUDA_SETTINGS
 from moe_a2a.testing import RankPool
+from tests.faults.crew import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,13 @@ settings.load_profile("fixed")
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     with RankPool(8, preload=PRELOAD) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    """Processes that tests may kill."""
+    with Crew(8, PRELOAD) as ranks:
         yield ranks
 
 

@@ -151,7 +151,7 @@ Numbers failure_record(ffi::ObjectRef handle) {
               f.peer};
   push_facts(out, f.mine);
   push_facts(out, f.theirs);
-  for (int peer = 0; peer < e.geometry.ep_size; ++peer) out.push_back(operations_since(e, peer));
+  for (int peer = 0; peer < e.geometry.ep_size; ++peer) out.push_back(last_seen(e, peer));
   return out;
 }
 

@@ -123,7 +123,7 @@ Status finish_combine(Endpoint& e, int64_t slice_ns);
 void announce(Endpoint& e, ControlRow row, const int32_t* counts);
 Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns);
 // How many operations ago `peer` was last heard of, -1 for never.
-int64_t operations_since(const Endpoint& e, int peer);
+int64_t last_seen(const Endpoint& e, int peer);
 
 // debug.cc; only with shape.debug
 void begin_debug(Endpoint& e);

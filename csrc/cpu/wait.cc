@@ -87,7 +87,8 @@ uint64_t posters(const Endpoint& e, bool by_now) {
   uint64_t mask = 0;
   for_each_rank(e.facts.active & ~(uint64_t{1} << e.rank), [&](int peer) {
     const Post& post = e.line<Post>(e.rank, kPost, peer);
-    if (load_acquire(post.generation) == e.generation && !(by_now && is_later(post.epoch, e.epoch)))
+    if (load_acquire(post.generation) == e.generation &&
+        !(by_now && operations_since(e.epoch, post.epoch) > 0))
       mask |= uint64_t{1} << peer;
   });
   return mask;
@@ -193,12 +194,12 @@ Status await_arrivals(Endpoint& e, ControlRow row, int64_t slice_ns) {
   return kFailed;
 }
 
-int64_t operations_since(const Endpoint& e, int peer) {
+int64_t last_seen(const Endpoint& e, int peer) {
   int64_t ago = -1;
   for (ControlRow row : {kArriveDispatch, kArriveCombine}) {
     // Whoever is missed may come just now: a plain load would race with its announcement.
     const uint32_t seen = load_acquire(e.line<Arrival>(e.rank, row, peer).epoch);
-    const int64_t behind = static_cast<int32_t>(e.epoch - seen);
+    const int64_t behind = operations_since(seen, e.epoch);
     if (seen != 0 && (ago < 0 || behind < ago)) ago = behind;
   }
   return ago;

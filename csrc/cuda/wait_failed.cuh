@@ -31,7 +31,7 @@ struct Notice {
     const uint32_t seen = load_acquire_sys(&post->generation), own = generation_of(tag);
     const uint32_t epoch = *const_cast<const volatile uint32_t*>(&post->epoch);
     given_up = seen == own;
-    by_now = given_up && !is_later(epoch, epoch_of(tag));
+    by_now = given_up && operations_since(epoch_of(tag), epoch) <= 0;
     excluded = seen > own;
   }
 };
@@ -91,7 +91,7 @@ __device__ inline void note_last_seen(const Context& c, uint64_t tag) {
     for (Phase phase : {kDispatch, kCombineOp}) {
       const auto seen =
           static_cast<uint32_t>(load_relaxed_sys(header_line(c, phase, c.rank, peer)).lo);
-      const int32_t behind = static_cast<int32_t>(epoch_of(tag) - seen);
+      const int32_t behind = operations_since(seen, epoch_of(tag));
       if (seen != 0 && behind >= 0 && (ago < 0 || behind < ago)) ago = behind;
     }
     c.status->operations_ago[peer] = ago;

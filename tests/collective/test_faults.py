@@ -1,4 +1,7 @@
-"""Ranks that die or stop: the others learn who, in time, agree on it, and go on without them."""
+"""Ranks that die: the others learn who, in time, agree on it, and go on without them.
+
+`tests/faults` has the engine for ranks lost in any way at any point: see test_lost_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,8 @@ import torch.distributed as dist
 
 from moe_a2a import AllToAll
 from moe_a2a.errors import MoeA2AError, PeerTimeout, StateError
-from moe_a2a.testing import run_ranks
 from tests.collective import rounds
 from tests.collective.rounds import Case, Round, play
-from tests.conftest import PRELOAD
 
 CASE = Case(4, experts=9, top_k=3, combine_wire="fp32")
 LIMIT = 0.6
@@ -100,12 +101,9 @@ def times_out_at_reset(a2a, victims):
     assert caught.value.phase == "reset"
 
 
-@pytest.mark.parametrize(
-    ("victims", "phase"),
-    [((2,), "combine"), ((0, 3), "dispatch"), ((0, 1, 3), "combine")],
-)
-def test_killed_ranks(backend, victims, phase):
-    exits = run_ranks(4, killed, backend, victims, phase, preload=PRELOAD)
+@pytest.mark.parametrize(("victims", "phase"), [((0, 3), "dispatch"), ((0, 1, 3), "combine")])
+def test_killed_ranks(crew, backend, victims, phase):
+    exits = crew.run(4, killed, backend, victims, phase)
     assert [e.exitcode for e in exits] == [-9 if r in victims else 0 for r in range(4)], exits
     named = {e.result for r, e in enumerate(exits) if r not in victims}
     assert len(named) == 1 or backend == "collective", "the survivors do not agree"
@@ -125,8 +123,8 @@ def late_within_the_grace(ranks):
     return caught.value.ranks
 
 
-def test_survivors_agree_also_with_one_that_posts_during_their_grace():
-    exits = run_ranks(4, late_within_the_grace, preload=PRELOAD)
+def test_survivors_agree_also_with_one_that_posts_during_their_grace(crew):
+    exits = crew.run(4, late_within_the_grace)
     assert [e.error for e in exits] == [None] * 4
     assert [exits[rank].result for rank in (0, 1, 2)] == [(3,)] * 3
 
@@ -168,61 +166,14 @@ MEETINGS = {"shm": 6, "collective": 5}  # exchanges of a constructor
     ("backend", "step"),
     [(name, step + 1) for name, most in MEETINGS.items() for step in range(most)],
 )
-def test_killed_while_opening(backend, step):
-    exits = run_ranks(4, killed_while_opening, backend, step, preload=PRELOAD)
+def test_killed_while_opening(crew, backend, step):
+    exits = crew.run(4, killed_while_opening, backend, step)
     assert exits[1].exitcode == -signal.SIGKILL, "the victim got through: fewer meetings than said"
     for rank in (0, 2, 3):
         assert exits[rank].error is None, exits[rank].error
         named, left = exits[rank].result
         assert 1 in named, named
         assert not left, f"rank {rank} still holds {left}"
-
-
-def stopped(ranks, backend, when):
-    """Rank 1 stops, the others go on without it, it wakes, and all go on together."""
-    a2a = AllToAll(CASE.spec(), ranks.group, backend=backend, timeout=LIMIT)
-    pids = [0] * ranks.size
-    dist.all_gather_object(pids, os.getpid(), group=ranks.group)
-    play(a2a, ranks, CASE, Round(1))
-    active = (True, False, True, True)
-    if when == "combine":
-        dispatch_only(a2a, ranks)
-    if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-        went_on = wakes(a2a, ranks, when)
-    else:
-        first = dispatch_only if when == "dispatch" else lambda a2a, _: a2a.combine(zeros(a2a))
-        times_out(a2a, lambda: first(a2a, ranks), (1,), when)
-        reset_together(a2a, torch.tensor(active))
-        for seed in range(60):
-            if ranks.rank == 0 and seed == 20:
-                os.kill(pids[1], signal.SIGCONT)
-            play(a2a, ranks, CASE, Round(seed, active=active))
-        went_on = True
-    dist.barrier(group=ranks.group)
-    reset_together(a2a)
-    for seed in range(5):
-        play(a2a, ranks, CASE, Round(seed))
-    a2a.close()
-    return went_on
-
-
-def wakes(a2a, ranks, when):
-    """The rank that was only slow finds out at the latest one operation on."""
-    with pytest.raises((PeerTimeout, StateError)) as caught:
-        if when == "dispatch":
-            dispatch_only(a2a, ranks)
-        a2a.combine(zeros(a2a))
-        dispatch_only(a2a, ranks)
-    with pytest.raises(type(caught.value)):
-        dispatch_only(a2a, ranks)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("when", ["dispatch", "combine"])
-def test_stopped_rank_wakes_up(backend, when):
-    exits = run_ranks(4, stopped, backend, when, preload=PRELOAD)
-    assert [e.error for e in exits] == [None] * 4
 
 
 def late_resets(ranks, backend):

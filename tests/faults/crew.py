@@ -148,7 +148,9 @@ class Crew:
                 os.kill(seat.process.pid, signal.SIGUSR1)
                 os.kill(seat.process.pid, signal.SIGCONT)
         time.sleep(0.5)
-        texts = [(rank, Path(self._stack_file(number)).read_text()) for rank, number in late.items()]
+        texts = [
+            (rank, Path(self._stack_file(number)).read_text()) for rank, number in late.items()
+        ]
         return "\n".join(f"rank {rank}:\n{text}" for rank, text in texts)
 
     def _stack_file(self, number: int) -> str:

@@ -80,9 +80,7 @@ class WrongBytes(AssertionError):
 
 
 class Part:
-    def __init__(
-        self, ranks: RankContext, episode: Episode, a2a: Watched, tally: Tally
-    ) -> None:
+    def __init__(self, ranks: RankContext, episode: Episode, a2a: Watched, tally: Tally) -> None:
         self.ranks, self.episode, self.a2a, self.tally = ranks, episode, a2a, tally
         self.rank, self.alive = ranks.rank, set(range(ranks.size))
         self.own = random.Random(ranks.rank)  # for what differs between ranks
@@ -222,8 +220,21 @@ class Part:
         if act.point in ("before", "between") and self.episode.backend != "collective":
             assert set(error.ranks) == missing, f"{error} (missing are {sorted(missing)})"
         says_all(error, self.rank, self.episode.limit)
+        if self.episode.backend == "shm" and error.phase != "reset":
+            self._says_where(error, act)
         self._same_again(error)
         return error.ranks
+
+    def _says_where(self, error: PeerTimeout, act: Act) -> None:
+        assert error.round == self.a2a.rounds, error
+        if act.point == "before":
+            last = f"round {error.round - 1} combine"
+        elif act.point == "between":
+            last = f"round {error.round} dispatch"
+        else:
+            return
+        for rank in act.strikes:
+            assert f"rank {rank} was last seen at {last}" in str(error), error
 
     def _same_again(self, error: MoeA2AError) -> None:
         for later in (self.a2a.combine_buffer, self.a2a.check):

@@ -86,9 +86,7 @@ def strike_of(rng: random.Random, kind: str, limit: float) -> Strike:
     return Strike(kind, delay, 3 * limit + GRACE + rng.uniform(0.0, 0.3) if kind == "sleep" else 0)
 
 
-def act_of(
-    rng: random.Random, case: Case, limit: float, alive: Sequence[int], place: Place
-) -> Act:
+def act_of(rng: random.Random, case: Case, limit: float, alive: Sequence[int], place: Place) -> Act:
     """Strikes some of `alive`; one is left at least."""
     count = min(rng.choice((1, 1, 1, 2, 3)), len(alive) - 1)
     point = rng.choice(place.points)

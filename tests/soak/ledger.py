@@ -87,7 +87,7 @@ class Ledger:
         return "\n".join([*(f"{name:>18}  {fact}" for name, fact in facts.items()), "", *lines])
 
     def growth(self) -> dict[int, tuple[float, float]]:
-        """By process that lived long enough: bytes and descriptors more than when it had settled."""
+        """By process that lived long: bytes and descriptors more than when it had settled."""
         grown = {}
         for pid, samples in self.held.items():
             if len(samples) < 3 * SETTLING:

@@ -40,7 +40,9 @@ PLACES = {
     "cpu": (Place("shm", 8),),
     # The kernels of nvlink on the CPU: slow, and all that can be had of them without a GPU.
     "simt": (
-        Place("simt", 3, windows_move=False, limits=(1.0, 1.5), slack=1.5, most_rounds=20, elders=1),
+        Place(
+            "simt", 3, windows_move=False, limits=(1.0, 1.5), slack=1.5, most_rounds=20, elders=1
+        ),
     ),
     "cuda": (
         Place("nvlink", 4, ("sleep",), _HOST, streams=True, windows_move=False, limits=(0.8,)),

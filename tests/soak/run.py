@@ -37,12 +37,22 @@ class Found(Exception):
 
 
 class Soak:
-    """`ranks` beats the place's number. Use as: `run`, then `close`, whatever happened."""
+    """`ranks` beats the place's number, `crew` is somebody's that has as many. Call `run`, then
+    `close`, whatever happened."""
 
-    def __init__(self, seed: int, device: str, *, ranks: int | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: str,
+        *,
+        ranks: int | None = None,
+        quiet: bool = False,
+        crew: Crew | None = None,
+    ) -> None:
         self.seed, self.ledger = seed, Ledger(seed)
         self._places, self._ranks, self._quiet = PLACES[device], ranks, quiet
-        self._crew = Crew(max(self._size(place) for place in self._places), PRELOAD)
+        self._own = None if crew is not None else Crew(max(map(self._size, self._places)), PRELOAD)
+        self._crew = crew or self._own
         self._names = _shared_names()
         self._pulse = Pulse()
 
@@ -88,7 +98,8 @@ class Soak:
 
     def close(self) -> None:
         self._pulse.end()
-        self._crew.__exit__()
+        if self._own is not None:
+            self._own.__exit__()
 
     def _size(self, place: Place) -> int:
         return self._ranks or place.ranks

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from moe_a2a.errors import PeerTimeout
 from moe_a2a.lobby import Lobby
 
-SAW = 2
+SAW, DONE = 2, 3
 
 
 class Board:
@@ -23,8 +25,8 @@ class Board:
         return [words(self.posted) if callable(words) else words for words in self.peers]
 
 
-def note(mask, stage=1, saw=0, attempt=1):
-    return [attempt, mask, 5, 1, 0, 0, 0, stage, saw, 0]
+def note(mask, stage=1, saw=0, attempt=1, finished=0):
+    return [attempt, mask, 5, 1, 0, 0, 0, stage, saw, finished]
 
 
 def answers(posted):
@@ -53,3 +55,43 @@ def test_who_is_named(peers, blamed):
     with pytest.raises(PeerTimeout) as caught:
         lobby.meet([0, 1, 2], 0b111)
     assert caught.value.ranks == blamed
+
+
+def gives_up(posted):
+    """Answers, and begins anew while rank 0 waits for the end of the meeting."""
+    return note(0b11, attempt=2) if posted[7] == DONE else note(0b11, posted[7], posted[8])
+
+
+def comes_again(posted):
+    """Finishes, and is at the next meeting before rank 0 has seen it."""
+    if posted[7] == DONE:
+        return note(0b11, attempt=2, finished=posted[8])
+    return note(0b11, posted[7], posted[8])
+
+
+def met(peer):
+    lobby = Lobby(0, Board(peer), 0.05, "reset", [0, 0])
+    lobby.meet([0, 1], 0b11)
+    return lobby
+
+
+def test_a_peer_that_has_come_for_the_next_meeting_has_finished_this_one():
+    met(comes_again).finish([0, 1])
+
+
+def test_a_peer_that_gave_the_meeting_up_has_not_finished_it():
+    with pytest.raises(PeerTimeout) as caught:
+        met(gives_up).finish([0, 1])
+    assert caught.value.ranks == (1,)
+
+
+def test_a_meeting_that_all_have_come_to_gets_some_time_past_the_limit():
+    """A rank whose limit is over just then would give up what the others take for granted."""
+    start = time.monotonic()
+
+    def slow(posted):
+        if time.monotonic() - start < 0.15:
+            return note(0b11)
+        return note(0b11, posted[7], posted[8])
+
+    met(slow).finish([0, 1])
