@@ -85,6 +85,7 @@ class Tally:
         memory: bytes of this process's own, after it was closed.
     """
 
+    rank: int = 0
     rounds: int = 0
     nbytes: int = 0
     resets: int = 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.faults.episode import Episode, Tally
 
 SETTLING = 6  # episodes in which a process fills its caches
-GROWTH = 24 << 20  # bytes that a process may have more at the end
+GROWTH = 8 << 20  # bytes that a process may have more at the end
 MORE_DESCRIPTORS = 8
 
 

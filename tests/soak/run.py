@@ -126,7 +126,11 @@ class Soak:
         except RankHung as error:
             raise Fault(str(error)) from None
         tallies = [item.result for item in exits if item.result is not None]
-        stalled = self._judge_stalls(episode, tallies)
+        try:
+            stalled = self._judge_stalls(episode, tallies)
+        except Fault as fault:
+            raised = [f"rank {r}: {item.error}" for r, item in enumerate(exits) if item.error]
+            raise Fault("\n".join([*raised, str(fault)])) from None
         for rank, item in enumerate(exits):
             _judge_exit(rank, item, rank in episode.killed(), stalled)
         self._judge_leaks(exits, seats)
@@ -142,7 +146,7 @@ class Soak:
         if opened and starved < episode.limit / 2:
             raise Fault(
                 f"no rank was without a core for longer than {starved:.2f} s, and yet: "
-                + "\n".join(f"rank {r}: {t.stalled}" for r, t in enumerate(tallies) if t.stalled)
+                + "\n".join(f"rank {t.rank}: {t.stalled}" for t in tallies if t.stalled)
             )
         return True
 
