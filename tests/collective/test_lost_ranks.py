@@ -43,7 +43,8 @@ def survive(crew, episode: Episode) -> None:
         assert item.error is None, item.error
         assert item.exitcode == (-9 if rank in episode.killed() else 0), item
     tallies = [item.result for item in exits if item.result is not None]
-    assert not any(tally.stalled for tally in tallies), [tally.stalled for tally in tallies]
+    wrong = [tally.broken or tally.stalled for tally in tallies if tally.broken or tally.stalled]
+    assert not wrong, wrong[0]
     assert not any(tally.left for tally in tallies), [tally.left for tally in tallies]
     for number, act in enumerate(episode.acts):
         named = {tally.named[number] for tally in tallies} - {None}

@@ -78,9 +78,9 @@ class Tally:
 
     Attributes:
         named: of each act with strikes, whom this rank's `PeerTimeout` named (none: it was struck).
-        stalled: a timeout in a healthy round, and why: the machine was too slow, or the library
-            is wrong. The rest of the episode did not happen.
-        starved: the longest time without a core between two calls, in seconds.
+        stalled, broken: an error in a healthy round, or one that was not as it must be: the
+            library is wrong, or the machine was too slow. The rest of the episode did not happen.
+        starved: the longest time that this rank stood still on the machine's account, seconds.
         left: descriptors and mappings that outlived the exchange.
         memory: bytes of this process's own, after it was closed.
     """
@@ -91,6 +91,7 @@ class Tally:
     resets: int = 0
     named: list[tuple[int, ...] | None] = field(default_factory=list)
     stalled: str = ""
+    broken: str = ""
     starved: float = 0.0
     left: dict[str, int] = field(default_factory=dict)
     memory: int = 0

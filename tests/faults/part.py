@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ def play_episode(ranks: RankContext, episode: Episode) -> Tally:
     """A rank function: every byte of every round against the oracle, and every fault's outcome.
 
     Raises:
-        AssertionError: a wrong byte, or something that must hold and does not.
+        WrongBytes: whatever else goes wrong is in the tally, with what may excuse it.
     """
     if episode.backend.startswith("simt"):
         from tests.simt.backend import register
@@ -59,9 +60,13 @@ def play_episode(ranks: RankContext, episode: Episode) -> Tally:
                 part.play()
             finally:
                 part.note()
+    except WrongBytes:
+        raise
     except (Stalled, PeerTimeout) as error:
         # Not its traceback, which holds on to the exchange.
-        tally.stalled = tally.stalled or str(error)
+        tally.stalled = str(error)
+    except (AssertionError, StateError, pytest.fail.Exception):
+        tally.broken = traceback.format_exc()
     if before is not None:
         tally.left = dict(settled(before))
         tally.memory = private_memory()
@@ -111,6 +116,7 @@ class Part:
         else:
             impl._library.restart(impl._endpoint, epoch, 1, 1, 0, impl._stream())
         meet(self.ranks)
+        self.a2a.mark()
 
     def _healthy(self, rounds: Iterable[Round], members: set[int]) -> None:
         for rnd in rounds:
@@ -183,6 +189,7 @@ class Part:
             if time.monotonic() > deadline:
                 raise Stalled(f"waited in vain for {count} ranks to say {what!r}")
             time.sleep(0.002)
+        self.a2a.mark()
 
     def _struck(self, act: Act) -> None:
         time.sleep(act.late.get(self.rank, 0.0))

@@ -28,7 +28,8 @@ class Watched:
         nbytes: bytes of rows and sums that came out of calls.
         call, entered: the last call begun, and when.
         strike: what is to befall this rank, and at which point; None once it has.
-        starved: the longest time without a core between the beginnings of two calls.
+        starved: the longest time, from one call to the next, in which this rank was ready to run
+            and had no core, or stood still outside any call for reasons of its own.
     """
 
     def __init__(self, a2a: AllToAll) -> None:
@@ -38,6 +39,7 @@ class Watched:
         self._received: Any = None
         self.strike: tuple[str, Strike] | None = None
         self.starved, self._queued = 0.0, queued()
+        self.mark()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.a2a, name)
@@ -63,6 +65,10 @@ class Watched:
     def reset(self, active_ranks: Tensor) -> None:
         self._begin("reset", lambda: self.a2a.reset(active_ranks))
 
+    def mark(self) -> None:
+        """What this rank has waited for until now, outside calls, is no fault of the machine."""
+        self._outside = time.monotonic() - time.thread_time()
+
     def took(self) -> float:
         """Seconds since the last call began, on a core or waiting for what is not one."""
         self._note_queue()
@@ -70,14 +76,20 @@ class Watched:
 
     def _begin(self, name: str, call: Callable[[], Any]) -> Any:
         self._note_queue()
+        still = time.monotonic() - time.thread_time() - self._outside
+        self.starved = max(self.starved, still)
         self.call, self.entered = name, time.monotonic()
         strike = self._taken(name)
-        return call() if strike is None else strike.during(call)
+        try:
+            return call() if strike is None else strike.during(call)
+        finally:
+            self.mark()
 
     def _land(self, point: str) -> None:
         strike = self._taken(point)
         if strike is not None:
             strike.now()
+            self.mark()
 
     def _taken(self, point: str) -> Strike | None:
         if self.strike is None or self.strike[0] != point:

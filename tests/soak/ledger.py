@@ -41,7 +41,7 @@ class Ledger:
         self.rounds += max(tally.rounds for tally in tallies)
         self.nbytes += sum(tally.nbytes for tally in tallies)
         self.resets += max(tally.resets for tally in tallies)
-        if any(tally.stalled for tally in tallies):
+        if any(tally.stalled or tally.broken for tally in tallies):
             self.stalls += 1
             return
         if episode.epoch is not None:
@@ -81,7 +81,7 @@ class Ledger:
             "bytes checked": f"{self.nbytes:,}",
             "faults survived": str(self.faults),
             "resets": f"{self.resets:,}",
-            "machine too slow": f"{self.stalls} exchanges, broken off and not counted as survived",
+            "machine too slow": f"{self.stalls} exchanges, whose faults do not count as survived",
             "memory": self._memory(),
         }
         return "\n".join([*(f"{name:>18}  {fact}" for name, fact in facts.items()), "", *lines])

@@ -93,8 +93,8 @@ class Soak:
             raise Found(number, f"{fault}\n{episode}") from None
         self.ledger.add(episode, tallies)
         if self.ledger.stalls > max(2, STALLS * self.ledger.episodes):
-            stalled = next(tally.stalled for tally in tallies if tally.stalled)
-            raise Found(number, f"too many exchanges ran into a limit, this one: {stalled}")
+            why = next(t.broken or t.stalled for t in tallies if t.broken or t.stalled)
+            raise Found(number, f"too many exchanges came to nothing, this one: {why}")
 
     def close(self) -> None:
         self._pulse.end()
@@ -126,28 +126,29 @@ class Soak:
         except RankHung as error:
             raise Fault(str(error)) from None
         tallies = [item.result for item in exits if item.result is not None]
-        try:
-            stalled = self._judge_stalls(episode, tallies)
-        except Fault as fault:
-            raised = [f"rank {r}: {item.error}" for r, item in enumerate(exits) if item.error]
-            raise Fault("\n".join([*raised, str(fault)])) from None
+        for rank, item in enumerate(exits):
+            if item.error is not None:
+                raise Fault(f"rank {rank}: {item.error}")
+        stalled = self._judge_stalls(episode, tallies)
         for rank, item in enumerate(exits):
             _judge_exit(rank, item, rank in episode.killed(), stalled)
         self._judge_leaks(exits, seats)
         return tallies
 
     def _judge_stalls(self, episode: Episode, tallies: list[Tally]) -> bool:
-        """A wait that expired without reason is a lost announcement; with one it is the machine."""
-        texts = [tally.stalled for tally in tallies if tally.stalled]
+        """Whether the episode came to nothing, for a reason: without one, such as a wait that
+        expired although everyone was there, something is wrong."""
+        texts = [
+            f"rank {t.rank}: {t.broken or t.stalled}" for t in tallies if t.broken or t.stalled
+        ]
         if not texts:
             return False
         starved = max([self._pulse.longest, *(tally.starved for tally in tallies)])
-        opened = not any(text.startswith("open") for text in texts)
+        opened = not any(tally.stalled.startswith("open") for tally in tallies)
         if opened and starved < episode.limit / 2:
-            raise Fault(
-                f"no rank was without a core for longer than {starved:.2f} s, and yet: "
-                + "\n".join(f"rank {t.rank}: {t.stalled}" for t in tallies if t.stalled)
-            )
+            # What is broken says more than what stalled because of it.
+            texts.sort(key=lambda text: "Traceback" not in text)
+            raise Fault(f"no rank stood still for longer than {starved:.2f} s: " + "\n".join(texts))
         return True
 
     def _judge_leaks(self, exits: list[RankExit], seats: list[int]) -> None:
@@ -175,10 +176,10 @@ class Fault(Exception):
 def _judge_exit(rank: int, item: RankExit, killed: bool, stalled: bool) -> None:
     if item.exitcode == (-signal.SIGKILL if killed else 0):
         return
-    if stalled and "WrongBytes" not in (item.error or ""):
-        return  # it followed a script that the others could not
+    if stalled:
+        return  # it did not come to that
     wanted = "been killed" if killed else "returned"
-    raise Fault(f"rank {rank} should have {wanted}: exit code {item.exitcode}\n{item.error or ''}")
+    raise Fault(f"rank {rank} should have {wanted}: exit code {item.exitcode}")
 
 
 def _shared_names() -> set[str]:
