@@ -12,7 +12,7 @@ from tests.soak.run import Fault, Soak
 
 
 def test_a_short_soak(crew):
-    soak = Soak(1011, "cpu", ranks=4, quiet=True, crew=crew)
+    soak = Soak(2308, "cpu", ranks=4, quiet=True, crew=crew)
     try:
         soak.run(0, episodes=1)
     finally:

@@ -154,11 +154,11 @@ class Part:
 
     def _go_on(self, act: Act, left: set[int], returning: int) -> None:
         """A survivor's, until those that return are there."""
-        if act.point == "reset":
-            # A rank that goes on in the middle of a reset must find the others gone, and must not
-            # take their next one over the same ranks for the one that it is in.
-            self._say("gone")
-            self._hear("gone", len(left))
+        # A rank that is woken must find all others gone: who comes back within the grace of one of
+        # them is not missing there. In a reset it must not take their next one over the same ranks
+        # for the one that it is in.
+        self._say("gone")
+        self._hear("gone", len(left))
         if act.apart:
             self._reset(left)
             self._apart(act, left)

@@ -86,13 +86,20 @@ def strike_of(rng: random.Random, kind: str, limit: float) -> Strike:
     return Strike(kind, delay, 3 * limit + GRACE + rng.uniform(0.0, 0.3) if kind == "sleep" else 0)
 
 
-def act_of(rng: random.Random, case: Case, limit: float, alive: Sequence[int], place: Place) -> Act:
-    """Strikes some of `alive`; one is left at least."""
+def act_of(
+    rng: random.Random,
+    case: Case,
+    limit: float,
+    alive: Sequence[int],
+    mortal: Sequence[int],
+    place: Place,
+) -> Act:
+    """Strikes some of `alive`, one is left at least; kills none but `mortal` ones."""
     count = min(rng.choice((1, 1, 1, 2, 3)), len(alive) - 1)
     point = rng.choice(place.points)
     strikes = {}
     for rank in rng.sample(list(alive), count):
-        able = [kind for kind in place.kinds if kind != "kill" or rank >= place.elders]
+        able = [kind for kind in place.kinds if kind != "kill" or rank in mortal]
         strikes[rank] = strike_of(rng, rng.choice(able), limit)
     back = any(strike.kind != "kill" for strike in strikes.values())
     apart = not back or (place.windows_move and rng.random() < 0.6)
@@ -116,10 +123,11 @@ def episode_of(rng: random.Random, size: int, place: Place) -> Episode:
     """Some acts, until two ranks are left at the least."""
     case, limit = case_of(rng, size), rng.choice(place.limits)
     alive, acts = list(range(size)), []
+    mortal = rng.sample(alive, size - place.elders)  # another choice each time, rank 0 too
     for _ in range(rng.randint(1, 4)):
         if len(alive) < 2:
             break
-        acts.append(act_of(rng, case, limit, alive, place))
+        acts.append(act_of(rng, case, limit, alive, mortal, place))
         alive = [rank for rank in alive if rank not in acts[-1].killed()]
     # Half of them count past 2^32, in the first rounds or later.
     epoch = 2**32 - rng.choice((2, 3, 10, 50, 150)) if rng.random() < 0.5 else None

@@ -28,7 +28,7 @@ class Place:
     streams: bool = False
     elders: int = 2
     windows_move: bool = True
-    limits: tuple[float, ...] = (0.4, 0.5, 0.7)
+    limits: tuple[float, ...] = (0.5, 0.6, 0.8)
     slack: float = 1.0
     most_rounds: int = 80
 
