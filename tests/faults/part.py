@@ -48,7 +48,8 @@ def play_episode(ranks: RankContext, episode: Episode) -> Tally:
         from tests.simt.backend import register
 
         register()
-    own = not isinstance(ranks.group, LocalRank)  # a process, whose descriptors are its own
+    # A process whose descriptors are its own; the stand-in on the CPU keeps its windows.
+    own = not isinstance(ranks.group, LocalRank) and not episode.backend.startswith("simt")
     opened(ranks, episode.backend, episode.case).close()  # a new process loads for a second
     before = footprint() if own else None
     tally = Tally(ranks.rank)
