@@ -20,6 +20,7 @@ from tests.collective.rounds import Case, Round, play
 
 CASE = Case(4, experts=9, top_k=3, combine_wire="fp32")
 LIMIT = 0.6
+OPENING = 1.0  # opening takes longer than a round on a busy machine
 
 
 def dispatch_only(a2a, ranks):
@@ -149,9 +150,9 @@ def killed_while_opening(ranks, backend, step):
         Group.exchange = exchange
     start = time.monotonic()
     try:
-        a2a = AllToAll(spec, ranks.group, backend=backend, timeout=LIMIT)
+        a2a = AllToAll(spec, ranks.group, backend=backend, timeout=OPENING)
     except MoeA2AError as error:
-        assert time.monotonic() - start < LIMIT + 1
+        assert time.monotonic() - start < OPENING + 1
         ranks_named = error.ranks if isinstance(error, PeerTimeout) else None
     else:  # nobody asked for the victim any more
         ranks_named = "open"
