@@ -56,13 +56,13 @@ void find_it_missing(Rank& rank, Absence& a, const Round& round) {
   require(rank, status == cpu::kFailed && e.failure.kind == cpu::kPeerTimeout, "a rank is missing");
   require(rank, e.failure.missing == uint64_t{1} << last, "it is the last one that is missing");
   require(rank, e.failure.waited_ns >= kLimit, "it was waited for");
-  require(rank, cpu::operations_since(e, last) == 1, "it did its part of the last operation");
+  require(rank, cpu::last_seen(e, last) == 1, "it did its part of the last operation");
   count(tally.failures);
   a.gave_up.pass();
   // The missing rank comes about now.
   if (!a.left_behind)
     for (int i = 0; i < 100; ++i) {
-      require(rank, cpu::operations_since(e, last) >= -1, "it comes while somebody looks");
+      require(rank, cpu::last_seen(e, last) >= -1, "it comes while somebody looks");
       std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
 }
