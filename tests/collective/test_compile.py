@@ -83,7 +83,12 @@ def play_layers(ranks, backend, compiler, wire):
 
 @SLOW
 @pytest.mark.parametrize(
-    ("backend", "compiler"), [("shm", "eager"), ("shm", "inductor"), ("collective", "aot_eager")]
+    ("backend", "compiler"),
+    [
+        pytest.param("shm", "eager", marks=pytest.mark.slow),
+        ("shm", "inductor"),
+        ("collective", "aot_eager"),
+    ],
 )
 def test_two_layers_on_two_ranks(pool, backend, compiler):
     wire = "nvfp4" if backend == "shm" else "bf16"

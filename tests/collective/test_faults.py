@@ -165,7 +165,11 @@ MEETINGS = {"shm": 6, "collective": 5}  # exchanges of a constructor
 
 @pytest.mark.parametrize(
     ("backend", "step"),
-    [(name, step + 1) for name, most in MEETINGS.items() for step in range(most)],
+    [
+        pytest.param(name, step + 1, marks=[] if step % 3 == 1 else pytest.mark.slow)
+        for name, most in MEETINGS.items()
+        for step in range(most)
+    ],
 )
 def test_killed_while_opening(crew, backend, step):
     exits = crew.run(4, killed_while_opening, backend, step)

@@ -52,7 +52,12 @@ def survive(crew, episode: Episode) -> None:
             assert len(named) == 1, f"act {number}: the survivors do not agree: {named}"
 
 
-@pytest.mark.parametrize("point", POINTS)
+QUICK = ("dispatch", "reset")
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=[] if p in QUICK else pytest.mark.slow) for p in POINTS]
+)
 def test_any_kind_at_any_point(crew, point):
     """Past epoch 2^32. Two at once that come back, then the process that has rank 0 is killed."""
     acts = (
@@ -63,7 +68,7 @@ def test_any_kind_at_any_point(crew, point):
     survive(crew, Episode(CASE, acts, limit=LIMIT, epoch=epoch))
 
 
-@pytest.mark.parametrize("point", ["before", "between"])
+@pytest.mark.parametrize("point", ["before", pytest.param("between", marks=pytest.mark.slow)])
 def test_a_rank_that_was_stopped_wakes_up(crew, point):
     """Where messages go by way of gloo."""
     acts = (losing({1: "stop"}, point, after=2, apart=True),)
