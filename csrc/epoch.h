@@ -45,6 +45,7 @@ struct alignas(kLine) Post {
   uint32_t generation;  // stored last, with release
   uint32_t epoch;       // of the operation
   uint32_t disagrees;
+  uint32_t concluded;  // stored later, with release: `missing` is then what this rank reports
   uint64_t missing;
   RoundFacts facts;
 };

@@ -100,7 +100,8 @@ void post_all(Endpoint& e, uint64_t missing, bool disagrees) {
     if (peer == e.rank || e.window[peer] == nullptr) continue;
     Post& post = e.line<Post>(peer, kPost, e.rank);
     post.epoch = e.epoch;
-    post.missing = missing;
+    __atomic_store_n(&post.missing, missing, __ATOMIC_RELAXED);
+    __atomic_store_n(&post.concluded, 0, __ATOMIC_RELAXED);
     post.disagrees = disagrees;
     post.facts = e.facts;
     __atomic_store_n(&post.generation, e.generation, __ATOMIC_RELEASE);
@@ -108,24 +109,42 @@ void post_all(Endpoint& e, uint64_t missing, bool disagrees) {
   }
 }
 
+// To those whose own wait ends later: they may be among the missing.
+void conclude(Endpoint& e, uint64_t missing) {
+  for (int peer = 0; peer < e.geometry.ep_size; ++peer) {
+    if (peer == e.rank || e.window[peer] == nullptr) continue;
+    Post& post = e.line<Post>(peer, kPost, e.rank);
+    __atomic_store_n(&post.missing, missing, __ATOMIC_RELAXED);
+    __atomic_store_n(&post.concluded, 1, __ATOMIC_RELEASE);
+  }
+}
+
 // This rank's wait is over. Survivors tell each other whom they missed: the union, less everyone
-// who is alive enough to post, is who is gone.
+// who is alive enough to post, is who is gone. What a peer misses in a later operation is not said
+// of this one: it has come by way of this one, and whom it misses there may just be giving up here.
+// Peers that have concluded without this rank go on without it, and it reports what they do.
 void expire(Endpoint& e, ControlRow row) {
   const uint64_t self = uint64_t{1} << e.rank, mine = missing_ranks(e, row);
   post_all(e, mine, false);
-  uint64_t posted = 0, missed = mine;
+  uint64_t posted = 0, missed = mine, without_me = 0;
   wait_for(e, kGraceNs, [&] {
     posted = posters(e, false);
-    for_each_rank(posted, [&](int peer) { missed |= e.line<Post>(e.rank, kPost, peer).missing; });
     return (e.facts.active & ~self & ~posted) == 0;
   });
-  for_each_rank(posted, [&](int peer) {
-    if (e.line<Post>(e.rank, kPost, peer).missing & self) e.failure.accusers |= uint64_t{1} << peer;
+  for_each_rank(posters(e, true), [&](int peer) {
+    const Post& post = e.line<Post>(e.rank, kPost, peer);
+    const bool concluded = load_acquire(post.concluded) != 0;
+    const uint64_t missing = __atomic_load_n(&post.missing, __ATOMIC_RELAXED);
+    missed |= missing;
+    if ((missing & self) == 0) return;
+    e.failure.accusers |= uint64_t{1} << peer;
+    if (concluded) without_me |= missing;
   });
   e.failure.kind = kPeerTimeout;
-  e.failure.missing = missed & ~posted & ~self;
+  e.failure.missing = without_me != 0 ? without_me : missed & ~posted & ~self;
   if (e.failure.missing == 0) e.failure.missing = e.failure.accusers != 0 ? self : mine;
   e.failure.waited_ns = since_ns(e.wait_start);
+  conclude(e, e.failure.missing);
 }
 
 void disagree(Endpoint& e, int peer, const RoundFacts& theirs) {

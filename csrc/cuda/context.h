@@ -30,9 +30,11 @@ MOE_HD uint32_t generation_of(uint64_t tag) {
 struct alignas(kLine) State {
   uint64_t dispatch_tag, combine_tag;
   uint32_t dispatch_round, combine_round;
-  uint32_t failed;              // a kernel gave up: those after it return at once
-  uint32_t failing;             // taken by the warp that gives up
-  uint32_t units;               // that combine has dealt; dispatch begins it at 0
+  uint32_t failed;   // a kernel gave up: those after it return at once
+  uint32_t failing;  // taken by the warp that gives up
+  uint32_t units;    // that combine has dealt; dispatch begins it at 0
+  uint64_t waiting;  // operation in which a wait has looked around, and since when
+  uint64_t waiting_since;
   int32_t received[kMaxRanks];  // rows from each source, in the round under way
 };
 

@@ -55,7 +55,9 @@ const char* copy_out(const Endpoint& e, void* to, const void* from, size_t bytes
 
 const char* begin_debug(const Endpoint& e, const RoundFacts& facts, cudaStream_t stream) {
   if (e.book == nullptr) return nullptr;
-  if (const char* error = launch(e, meet_peers_kernel(), facts, stream)) return error;
+  RoundFacts meeting = facts;
+  meeting.phase |= kMeeting;
+  if (const char* error = launch(e, meet_peers_kernel(), meeting, stream)) return error;
   return poison(e, facts.phase, stream);
 }
 

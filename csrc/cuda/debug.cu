@@ -7,11 +7,6 @@
 namespace moe_a2a::cuda {
 namespace {
 
-// Two words of the same chunk, so that one access brings both.
-__device__ Chunk* meeting_line(const Context& c, int owner, int from) {
-  return reinterpret_cast<Chunk*>(c.control(owner, kMeet, from));
-}
-
 // The clock of one multiprocessor may be a little behind another's.
 __device__ int64_t since(int64_t start) {
   const int64_t passed = elapsed(static_cast<uint64_t>(start), nanoseconds());
@@ -23,11 +18,11 @@ __device__ int64_t since(int64_t start) {
 __global__ void meet_peers(const DebugLaunch __grid_constant__ p) {
   const Context& c = p.c;
   const int lane = threadIdx.x % kWarp;
-  const Operation op = begin(c, static_cast<Phase>(p.facts.phase));
+  const Operation op = begin(c, static_cast<Phase>(p.facts.phase & ~kMeeting));
   OperationNote& note = p.book->notes[p.book->count % kNotes];
   const auto start = static_cast<int64_t>(nanoseconds());
   if (lane == 0) {
-    note.phase = p.facts.phase;
+    note.phase = p.facts.phase & ~kMeeting;
     note.round = op.round;
     note.begin = note.met = note.end = start;
   }

@@ -26,6 +26,9 @@ struct alignas(kLine) NoteBook {
   alignas(kLine) OperationNote notes[kNotes];
 };
 
+// In the phase of a RoundFacts: not the operation itself, but the ranks' meeting before it.
+constexpr uint32_t kMeeting = 0x100;
+
 struct DebugLaunch {
   Context c;
   RoundFacts facts;

@@ -41,6 +41,11 @@ __device__ __forceinline__ Chunk* header_line(const Context& c, Phase phase, int
   return reinterpret_cast<Chunk*>(c.control(owner, row, from));
 }
 
+// Where a rank leaves the tag of the operation that it is about to begin, with debug=True.
+__device__ __forceinline__ Chunk* meeting_line(const Context& c, int owner, int from) {
+  return reinterpret_cast<Chunk*>(c.control(owner, kMeet, from));
+}
+
 // By it a peer knows that this rank's earlier operations are over: it may then write where they
 // read. In a dispatch in bulk the same warp fences at system scope before, which makes the header a
 // release. In packets, and in combine, it does so only where the memory model is taken at its word

@@ -2,6 +2,7 @@
 // told. Compiled into every kernel, called by none that goes well.
 #pragma once
 
+#include "debug.h"
 #include "wait.cuh"
 
 namespace moe_a2a::cuda {
@@ -18,6 +19,7 @@ __device__ inline int64_t elapsed(uint64_t from, uint64_t to) {
 
 struct Posts {
   uint64_t posted = 0, missed = 0, accusers = 0, disagree = 0;
+  uint64_t without_me = 0;  // whom peers report that have concluded without this rank
   bool excluded = false;
 };
 
@@ -47,15 +49,22 @@ __device__ inline Posts read_posts(const Context& c, uint64_t active, uint64_t t
     const auto* words = reinterpret_cast<const volatile Post*>(post);
     if (words->disagrees != 0 && notice.by_now) p.disagree |= bit(peer);
     if ((active >> peer & 1) == 0) continue;
-    const uint64_t missing = words->missing;
     p.posted |= bit(peer);
+    // What it misses in a later operation is not said of this one: it has come by way of this one,
+    // and whom it misses there may just be giving up here.
+    if (!notice.by_now) continue;
+    const bool concluded = load_acquire_sys(&post->concluded) != 0;
+    const uint64_t missing = words->missing;
     p.missed |= missing;
-    if ((missing >> c.rank & 1) != 0) p.accusers |= bit(peer);
+    if ((missing >> c.rank & 1) == 0) continue;
+    p.accusers |= bit(peer);
+    if (concluded) p.without_me |= missing;
   }
   p.posted = or_over_warp(p.posted);
   p.missed = or_over_warp(p.missed);
   p.accusers = or_over_warp(p.accusers);
   p.disagree = or_over_warp(p.disagree);
+  p.without_me = or_over_warp(p.without_me);
   p.excluded = __any_sync(kAllLanes, p.excluded);
   return p;
 }
@@ -68,9 +77,21 @@ __device__ inline void post_to_all(const Context& c, const RoundFacts& facts, ui
     auto* post = reinterpret_cast<Post*>(c.control(peer, kPost, c.rank));
     post->epoch = epoch_of(tag);
     post->missing = missing;
+    post->concluded = 0;
     post->disagrees = disagrees;
     post->facts = facts;
     store_release_sys(&post->generation, generation_of(tag));
+  }
+  __syncwarp();
+}
+
+// To those whose own wait ends later: they may be among the missing.
+__device__ inline void conclude(const Context& c, uint64_t missing) {
+  for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
+    if (peer == c.rank || c.window[peer] == nullptr) continue;
+    auto* post = reinterpret_cast<Post*>(c.control(peer, kPost, c.rank));
+    *const_cast<volatile uint64_t*>(&post->missing) = missing;
+    store_release_sys(&post->concluded, 1);
   }
   __syncwarp();
 }
@@ -79,8 +100,11 @@ __device__ inline uint64_t missing_ranks(const Context& c, const RoundFacts& fac
   uint64_t missing = 0;
   for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
     const bool counts = peer != c.rank && (facts.active >> peer & 1) != 0;
-    if (counts && !read_header(c, static_cast<Phase>(facts.phase), tag, peer).fresh)
-      missing |= bit(peer);
+    if (!counts) continue;
+    const bool here = (facts.phase & kMeeting) != 0
+                          ? load_relaxed_sys(meeting_line(c, c.rank, peer)).lo == tag
+                          : read_header(c, static_cast<Phase>(facts.phase), tag, peer).fresh;
+    if (!here) missing |= bit(peer);
   }
   return or_over_warp(missing);
 }
@@ -123,20 +147,24 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
     while ((facts.active & ~self & ~posts.posted) != 0 &&
            __all_sync(kAllLanes, elapsed(posted_at, nanoseconds()) < kGraceNs))
       posts = read_posts(c, facts.active, op.tag);
+    posts = read_posts(c, facts.active, op.tag);
     const uint64_t mine = missing;
-    missing = (missing | posts.missed) & ~posts.posted & ~self;
+    // Peers that have concluded without this rank go on without it, and it reports what they do.
+    missing =
+        posts.without_me != 0 ? posts.without_me : (missing | posts.missed) & ~posts.posted & ~self;
     if (missing == 0) missing = posts.accusers != 0 ? self : mine;
+    conclude(c, missing);
   }
   note_last_seen(c, op.tag);
   __syncwarp();
   if (lane == 0) {
     Status& s = *c.status;
-    s.phase = facts.phase;
+    s.phase = facts.phase & ~kMeeting;
     s.round = op.round;
     s.peer = peer;
     s.missing = missing;
     s.accusers = posts.accusers;
-    s.waited_ns = start == 0 ? 0 : elapsed(start, nanoseconds());
+    s.waited_ns = start == 0 ? 0 : max(elapsed(start, nanoseconds()), int64_t{0});
     s.mine = facts;
     s.theirs = theirs;
     c.state->failed = 1;
@@ -148,6 +176,25 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
   if (lane == 0) store_release_sys(&c.status->kind, kind);
 }
 
+// When a wait of operation `tag` first looked around: the limit is one of the operation, not of
+// each of its waits. The time is there before the tag that vouches for it; two warps that both
+// write it are a moment apart.
+__device__ inline uint64_t first_look(State& state, uint64_t tag, uint64_t now) {
+  volatile State& s = state;
+  uint64_t since = now;
+  if (threadIdx.x % kWarp == 0) {
+    if (s.waiting == tag) {
+      __threadfence();
+      since = s.waiting_since;
+    } else {
+      s.waiting_since = now;
+      __threadfence();
+      s.waiting = tag;
+    }
+  }
+  return __shfl_sync(kAllLanes, since, 0);
+}
+
 // The time, and whether others have given up. A peer's post is looked at only here, so only while
 // this rank lacks something.
 static __device__ __noinline__ uint64_t look_around(const Context& c, const RoundFacts& facts,
@@ -156,7 +203,7 @@ static __device__ __noinline__ uint64_t look_around(const Context& c, const Roun
   const bool given_up = *const_cast<volatile uint32_t*>(&c.state->failing) != 0;
   if (__any_sync(kAllLanes, given_up)) return 0;
   const uint64_t now = nanoseconds();
-  if (start == 0) start = now;
+  if (start == 0) start = first_look(*c.state, op.tag, now);
   bool posted = false;
   for (int peer = threadIdx.x % kWarp; peer < c.ep_size; peer += kWarp) {
     const auto* post = reinterpret_cast<const Post*>(c.control(c.rank, kPost, peer));

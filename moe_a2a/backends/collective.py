@@ -332,25 +332,42 @@ class Collective:
         )
 
     def _ask_around(self, mine: set[int]) -> set[int]:
-        """The union of what the survivors miss, less every rank that is alive enough to say so."""
-        if self._group.store is None:
+        """The union of what the survivors miss, less every rank that is alive enough to say so; or
+        what those report that have concluded without this rank. (As csrc/cpu/wait.cc.)"""
+        store, others = self._group.store, set(self._members) - {self._rank}
+        if store is None:
             return mine
         board = f"{self._group.name}/missing/{self._generation}"
-        posted: set[int] = set()
-        missed = set(mine)
+        said: dict[int, tuple[int, set[int]]] = {}  # by rank: in which operation, whom it missed
+        reported: set[int] = set()
         deadline = time.monotonic() + _GRACE
+
+        def listen() -> None:
+            for peer in others - said.keys():
+                if store.check([f"{board}/{peer}"]):
+                    operation, missing = json.loads(store.get(f"{board}/{peer}"))
+                    said[peer] = operation, set(missing)
+
         try:
-            self._group.store.set(f"{board}/{self._rank}", json.dumps(sorted(mine)))
-            others = set(self._members) - {self._rank}
-            while time.monotonic() < deadline and others - posted:
-                for peer in others - posted:
-                    if self._group.store.check([f"{board}/{peer}"]):
-                        posted.add(peer)
-                        missed |= set(json.loads(self._group.store.get(f"{board}/{peer}")))
+            listen()
+            # What those do not send that have given up on this rank is no reason to miss them.
+            lost = mine - {peer for peer, (_, missing) in said.items() if self._rank in missing}
+            store.set(f"{board}/{self._rank}", json.dumps([self._operation, sorted(lost)]))
+            while time.monotonic() < deadline and others - said.keys():
+                listen()
                 time.sleep(0.01)
+            by_now = {p: missing for p, (at, missing) in said.items() if at <= self._operation}
+            accusers = [peer for peer, missing in by_now.items() if self._rank in missing]
+            for peer in accusers:
+                if store.check([f"{board}/{peer}/end"]):
+                    reported |= set(json.loads(store.get(f"{board}/{peer}/end")))
+            if self._rank not in reported:
+                reported = lost.union(*by_now.values()) - said.keys() - {self._rank}
+            reported = reported or ({self._rank} if accusers else mine)
+            store.set(f"{board}/{self._rank}/end", json.dumps(sorted(reported)))
         except RuntimeError:  # the store went with the process that held it
             pass
-        return (missed - posted - {self._rank}) or mine
+        return reported or mine
 
     def _others(self, active: int) -> list[int]:
         return [rank for rank in ranks_in(active) if rank != self._rank]

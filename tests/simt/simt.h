@@ -126,6 +126,7 @@ inline void __syncthreads() { simt::block_barrier(false); }
 inline int __syncthreads_or(int vote) { return simt::block_barrier(vote != 0); }
 inline void __nanosleep(unsigned) { simt::yield(); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(uint64_t v) { return __builtin_popcountll(v); }
