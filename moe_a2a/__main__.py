@@ -94,8 +94,8 @@ def _merge_traces(out: str, files: Sequence[str]) -> int:
 
     try:
         events = merge(out, files)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"one of {', '.join(files)} is no trace of moe_a2a: {error}") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     print(f"{events:,} events of {len(files)} traces in {out}: open it in ui.perfetto.dev")
     return 0
 

@@ -322,21 +322,19 @@ class AllToAll:
         self._times("save_trace").save(path)
 
     def _times(self, call: str) -> Timeline:
-        if self._timeline is None:
-            raise StateError(f"{call} needs AllToAll(..., debug=True), on every rank")
-        if self._impl is None:
-            raise StateError(f"{call} after close()")
+        self._check_process(call)
+        if self._timeline is None or self._impl is None:
+            needs = "needs AllToAll(..., debug=True), on every rank"
+            raise StateError(f"{call} {needs if self._timeline is None else 'after close()'}")
         self._impl.collect_times()
         return self._timeline
 
     def close(self) -> None:
         """Lets go of the window. Local, idempotent, waits for nobody."""
-        if self._impl is not None and self._timeline is not None:
-            self._times("close").close()
         impl, self._impl, self._closed, self._blocked = self._impl, None, True, True
         self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
         if impl is not None:
-            impl.close()
+            opening.close(impl, self._timeline)
 
     def __enter__(self) -> AllToAll:
         return self
@@ -375,8 +373,10 @@ class AllToAll:
         return StateError(f"{call} in phase {self.phase!r}: {before} comes first")
 
     def forked(self) -> None:
-        """In a forked child: every call is refused there from now on."""
+        """In a forked child: every call is refused there, and nothing is its to close."""
         self._blocked = True
+        registry.leave(self._impl)
+        self._impl = None
 
     def _check_process(self, call: str) -> None:
         if os.getpid() != self._process:

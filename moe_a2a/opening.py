@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +16,11 @@ from moe_a2a.spec import Spec
 from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
+    from moe_a2a.backends.base import Backend
     from moe_a2a.group import Group
+    from moe_a2a.timeline import Timeline
 
-__all__ = ["check_arguments", "compare", "place", "seconds"]
+__all__ = ["check_arguments", "close", "compare", "place", "seconds"]
 
 
 def seconds(timeout: float | None) -> float:
@@ -32,6 +35,17 @@ def seconds(timeout: float | None) -> float:
     if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < 1e9:
         return float(given)
     raise GeometryError(f"{name}={shown(given)}: must be a positive number of seconds")
+
+
+def close(impl: Backend, timeline: Timeline | None) -> None:
+    """What was opened, after the trace that ``MOE_A2A_TRACE`` asks for."""
+    try:
+        if timeline is not None and timeline.directory is not None:
+            with suppress(Exception):  # of a device that has failed
+                impl.collect_times()
+            timeline.close()
+    finally:
+        impl.close()
 
 
 def check_arguments(spec: object, backend: object, max_blocks: object, debug: object) -> None:
@@ -100,8 +114,10 @@ def compare(group: Group, spec: Spec) -> None:
                 mine = {key: mine[key] for key in changed}
                 theirs = {key: theirs.get(key) for key in changed}
             if mine != theirs:
+                hint = " (MOE_A2A_TRACE turns it on)" if name == "debug" else ""
                 raise GeometryError(
                     f"the ranks disagree on {name}: rank 0 has {mine}, rank {rank} has {theirs}"
+                    + hint
                 )
     if group.size != spec.ep_size:
         raise GeometryError(

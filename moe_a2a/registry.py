@@ -8,7 +8,7 @@ from itertools import count
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-__all__ = ["enroll", "find"]
+__all__ = ["enroll", "find", "leave"]
 
 
 class _Forkable(Protocol):
@@ -17,6 +17,7 @@ class _Forkable(Protocol):
 
 
 _handles = count(1)
+_left: list[object] = []
 _open: WeakValueDictionary[int, _Forkable] = WeakValueDictionary()
 
 
@@ -31,6 +32,11 @@ def enroll(opened: _Forkable) -> int:
 def find(handle: int) -> object:
     """What has this handle, None once it is gone."""
     return _open.get(handle)
+
+
+def leave(whatever: object) -> None:
+    """Keeps what a forked child must not end: its parent uses it."""
+    _left.append(whatever)
 
 
 @cache

@@ -11,8 +11,9 @@ import os
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,8 @@ __all__ = [
 
 _PHASES = {1: "dispatch", 2: "combine"}
 _KEPT = 20_000  # operations of a trace, the last ones
+_THERE = 50_000  # nanoseconds that a wait takes for what has come already
+_numbers = count()  # of the objects of this process
 
 
 class OperationTimes(NamedTuple):
@@ -70,8 +73,8 @@ class Stopwatch:
 
     Args:
         timeline: where it goes; None for nowhere.
-        peers: ranks that it waits for, one after the other: what `waits` adds up is how long each
-            of them kept this rank after those before it had come.
+        peers: ranks that it waits for, one after the other. Those that come while it waits for
+            another one count as waited for not at all.
     """
 
     def __init__(
@@ -79,25 +82,30 @@ class Stopwatch:
     ) -> None:
         self._timeline, self._phase, self._round = timeline, phase, round
         self._waits = dict.fromkeys(peers, 0)
-        self._begin = self._sent = self._arrived = time.monotonic_ns()
+        self._begin = self._arrived = self._since = time.monotonic_ns()
+        self._sent = 0
+
+    def sent(self) -> None:
+        """Messages to all peers are on their way; waits for theirs begin."""
+        self._since = time.monotonic_ns()
+        self._sent = self._sent or self._since
 
     @contextmanager
     def waits(self, peer: int) -> Iterator[None]:
         start = time.monotonic_ns()
-        if not any(self._waits.values()):
-            self._sent = start
         try:
             yield
         finally:
             self._arrived = time.monotonic_ns()
-            self._waits[peer] += self._arrived - start
+            if self._arrived - start > _THERE:
+                self._waits[peer] += self._arrived - self._since
 
     def stop(self) -> None:
         """The operation is over, well or not."""
         if self._timeline is None:
             return
         waits = tuple(self._waits.get(rank, -1) for rank in range(self._timeline.size))
-        times = (self._begin, self._sent, self._arrived, time.monotonic_ns())
+        times = (self._begin, self._sent or self._begin, self._arrived, time.monotonic_ns())
         self._timeline.add(OperationTimes(self._phase, self._round, *times, waits))
 
 
@@ -125,11 +133,13 @@ class WaitTimes:
     Attributes:
         rank: whose waits these are.
         dispatch, combine: by rank; this rank's own entry stays empty.
+        lost: operations of which nothing is known, since kernels overwrote their notes.
     """
 
     rank: int
     dispatch: tuple[PeerWaits, ...]
     combine: tuple[PeerWaits, ...]
+    lost: int = 0
 
     @property
     def slowest(self) -> int | None:
@@ -155,7 +165,8 @@ class WaitTimes:
             for peer in range(len(self.dispatch))
             if peer != self.rank
         ]
-        return aligned(f"waits of rank {self.rank} for its peers", header, rows)
+        lost = f" ({self.lost} operations were not noted)" if self.lost else ""
+        return aligned(f"waits of rank {self.rank} for its peers{lost}", header, rows)
 
 
 @dataclass
@@ -165,6 +176,8 @@ class Timeline:
     rank: int
     size: int
     directory: Path | None = None
+    _number: int = field(default_factory=lambda: next(_numbers))
+    _lost: int = 0
     _kept: deque[OperationTimes] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _waits: dict[int, list[PeerWaits]] = field(init=False)
 
@@ -177,49 +190,62 @@ class Timeline:
             if wait >= 0:
                 waits.add(wait / 1e3)
 
+    def lose(self, operations: int) -> None:
+        """So many were not noted."""
+        self._lost += operations
+
     def wait_times(self) -> WaitTimes:
         by_phase = [
             tuple(PeerWaits(w.count, w.total, w.longest) for w in self._waits[phase])
             for phase in _PHASES
         ]
-        return WaitTimes(self.rank, *by_phase)
+        return WaitTimes(self.rank, by_phase[0], by_phase[1], self._lost)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """JSON in Chrome's trace format: a process for the rank, a thread for each peer's waits."""
-        events = [*self._names(), *(e for op in self._kept for e in _events(self.rank, op))]
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}))
+        """JSON in Chrome's trace format: a process for the rank, in it a thread for the operations
+        of this object and one for its waits for each peer."""
+        first = self._number * (self.size + 1)
+        events = chain(self._names(first), *(_events(self.rank, first, op) for op in self._kept))
+        with Path(path).open("w") as file:  # event by event: they take much more than their records
+            file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
+            file.writelines(
+                (",\n" if number else "") + json.dumps(event) for number, event in enumerate(events)
+            )
+            file.write("\n]}\n")
 
     def close(self) -> None:
-        """Saves what a directory is there for, and tells where; a full disk ends nothing."""
+        """Saves what a directory is there for, and tells where; never an error."""
         if self.directory is None:
             return
-        taken = len(list(self.directory.glob(f"moe_a2a-rank{self.rank}-{os.getpid()}-*.json")))
-        path = self.directory / f"moe_a2a-rank{self.rank}-{os.getpid()}-{taken}.json"
+        path = self.directory / f"moe_a2a-rank{self.rank}-{os.getpid()}-{self._number}.json"
         try:
             self.save(path)
+            text = f"trace of rank {self.rank} in {path}"
         except OSError as error:
-            print(f"moe_a2a: no trace in {path}: {error}", file=sys.stderr)
-        else:
-            print(f"moe_a2a: trace of rank {self.rank} in {path}", file=sys.stderr)
+            text = f"no trace in {path}: {error}"
+        with suppress(OSError, ValueError):  # nobody reads stderr, or it is closed
+            print(f"moe_a2a: {text}", file=sys.stderr, flush=True)
 
-    def _names(self) -> Iterator[dict[str, Any]]:
-        yield _name("process_name", self.rank, 0, f"rank {self.rank}")
-        yield _name("thread_name", self.rank, 0, "operations")
+    def _names(self, first: int) -> Iterator[dict[str, Any]]:
+        which = f" of exchange {self._number}" if self._number else ""
+        yield _name("process_name", self.rank, first, f"rank {self.rank}")
+        yield _name("thread_name", self.rank, first, f"operations{which}")
         for peer in range(self.size):
             if peer != self.rank:
-                yield _name("thread_name", self.rank, 1 + peer, f"waits for rank {peer}")
+                text = f"waits for rank {peer}{which}"
+                yield _name("thread_name", self.rank, first + 1 + peer, text)
 
 
 def _name(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": rank, "tid": thread, "args": {"name": name}}
 
 
-def _events(rank: int, op: OperationTimes) -> Iterator[dict[str, Any]]:
+def _events(rank: int, first: int, op: OperationTimes) -> Iterator[dict[str, Any]]:
     phase = _PHASES[op.phase]
 
     def slice_of(name: str, start: int, end: int, thread: int = 0) -> dict[str, Any]:
         took = max(end - start, 0) / 1e3
-        where = {"pid": rank, "tid": thread, "ts": start / 1e3, "dur": took}
+        where = {"pid": rank, "tid": first + thread, "ts": start / 1e3, "dur": took}
         return {"ph": "X", "name": name, "cat": phase, **where, "args": {"round": op.round}}
 
     yield slice_of(f"{phase} {op.round}", op.begin, op.end)
@@ -240,18 +266,33 @@ def trace_directory() -> Path | None:
     wanted = os.environ.get("MOE_A2A_TRACE", "")
     if wanted in ("", "0"):
         return None
-    place = Path.cwd() if wanted == "1" else Path(wanted)
-    if not place.is_dir():
-        raise GeometryError(
-            f"MOE_A2A_TRACE={wanted!r}: must be 1 (traces go to the current directory), 0, or a "
-            "directory that exists"
-        )
-    return place
+    try:
+        place = Path.cwd() if wanted == "1" else Path(wanted).resolve()
+        if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+            return place
+        why = "there it can't be written" if place.is_dir() else "there is none"
+    except (OSError, RuntimeError) as error:
+        why = str(error)[:200]
+    raise GeometryError(
+        f"MOE_A2A_TRACE={wanted[:200]!r}: must be 1 (traces go to the current directory), 0, or a "
+        f"directory: {why}"
+    )
 
 
 def merge(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> int:
     """One trace of several ranks of one host, which share a clock. Returns its events."""
-    traces = [json.loads(Path(file).read_text()) for file in files]
-    events = [event for trace in traces for event in trace["traceEvents"]]
+    events = [event for file in files for event in _read(file)]
     Path(out).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}))
     return len(events)
+
+
+def _read(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Raises ValueError, with the name, for what is no trace."""
+    try:
+        events = json.loads(Path(file).read_text())["traceEvents"]
+        good = isinstance(events, list) and all(isinstance(event, dict) for event in events)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no trace of moe_a2a: {error}") from None
+    if not good:
+        raise ValueError(f"{file} is no trace of moe_a2a: traceEvents is no list of events")
+    return list(events)

@@ -94,7 +94,7 @@ class Nvlink:
         # Written by the device, read by the host at the next call, without waiting for anything.
         self._status = self._host_memory(_STATUS_BYTES)
         sharers = devices.count(devices[self._rank])
-        self._timeline, self._noted, self._clock = opening.timeline, 0, 0
+        self._timeline, self._noted, self._clock, self._calls = opening.timeline, 0, 0, 0
         notes = self._library.notebook_bytes() if opening.debug else 0
         self._notes = torch.zeros(notes, dtype=torch.uint8, device=opening.device)
         self._endpoint: Any = self._library.endpoint_open(
@@ -173,10 +173,12 @@ class Nvlink:
         )
         if failed:
             raise self._failure()
+        if self._debug:
+            self._collect_now_and_then()
         return self._views.of(call.rows, call.deferred)
 
     def _scale_bits(self, scale: Tensor | None) -> int:
-        if scale is not None and scale.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return 0
         value = torch.ones(()) if scale is None else scale.detach().cpu()
         return int(value.view(torch.int32).item()) & 0xFFFFFFFF
@@ -195,11 +197,20 @@ class Nvlink:
         if self._timeline is None:
             return
         ended = int(self._library.count_notes(self._endpoint))
-        for n in range(max(self._noted, ended - _NOTES + 1), ended):
+        first = max(self._noted, ended - _NOTES // 2)  # the others may be overwritten meanwhile
+        self._timeline.lose(first - self._noted)
+        for n in range(first, ended):
             words = [int(word) for word in self._library.read_note(self._endpoint, n)]
             words[2:6] = [word + self._clock for word in words[2:6]]
             self._timeline.add(OperationTimes.of(words))
         self._noted = ended
+
+    def _collect_now_and_then(self) -> None:
+        """Often enough for eager calls to lose nothing; replays of graphs are not seen here."""
+        self._calls += 1
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self._calls % (_NOTES // 8) == 0 and not capturing:
+            self.collect_times()
 
     def _clock_difference(self) -> int:
         """Nanoseconds by which the host's monotonic clock is ahead of the device's."""

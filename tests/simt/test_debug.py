@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_a2a import AllToAll
 from moe_a2a.__main__ import main
@@ -124,7 +126,8 @@ def traces(ranks, backend, folder):
         meet(ranks)
         a2a.save_trace(path)
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
-    whole = [e for e in events if e["tid"] == 0 and e["name"].startswith(("disp", "comb"))]
+    first = min(e["tid"] for e in events)
+    whole = [e for e in events if e["tid"] == first and e["name"].startswith(("disp", "comb"))]
     assert [e["name"] for e in whole] == [f"{p} {n}" for n in (1, 2, 3) for p in PHASES]
     assert all(e["pid"] == ranks.rank for e in events)
     now = time.monotonic_ns() / 1e3
@@ -184,10 +187,95 @@ def test_the_environment_of_one_rank_alone_is_refused(pool, tmp_path):
         assert "rank 1" in text
 
 
-def test_a_directory_that_is_none_is_named(pool, tmp_path):
-    for text in pool.run(wants_traces, tmp_path / "none", (0, 1), ranks=2):
+@pytest.mark.parametrize("name", ["none", "x" * 300, "file", "file/below"])
+def test_a_directory_that_is_none_is_named(pool, tmp_path, name):
+    (tmp_path / "file").touch()
+    for text in pool.run(wants_traces, tmp_path / name, (0,), ranks=2):
         assert "MOE_A2A_TRACE" in text
         assert "directory" in text
+
+
+def closes_with_nobody_listening(ranks, folder):
+    os.environ["MOE_A2A_TRACE"] = str(folder)
+    stderr, sys.stderr = sys.stderr, open(os.devnull, "w")  # noqa: PTH123, SIM115
+    sys.stderr.close()
+    try:
+        a2a = opened(ranks, "shm", Case(1))
+        window = a2a._impl._window
+        a2a.close()
+    finally:
+        sys.stderr = stderr
+        del os.environ["MOE_A2A_TRACE"]
+    assert window._descriptor < 0
+
+
+def test_a_closed_stderr_keeps_nothing_open(pool, tmp_path):
+    pool.run(closes_with_nobody_listening, tmp_path, ranks=1)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def is_refused(call):
+    try:
+        call()
+    except StateError as error:
+        return "forked" in str(error)
+    return False
+
+
+def forks(ranks, backend, folder):
+    os.environ["MOE_A2A_TRACE"] = str(folder)
+    try:
+        with opened(ranks, backend, Case(2)) as a2a:
+            play(a2a, ranks, Case(2), Round(1))
+            child = os.fork()
+            if child == 0:
+                calls = (a2a.wait_times, lambda: a2a.save_trace("never"), a2a.combine_buffer)
+                refused = all(map(is_refused, calls))
+                a2a.close()
+                os._exit(0 if refused else 1)
+            assert os.waitpid(child, 0)[1] == 0
+            play(a2a, ranks, Case(2), Round(2))
+    finally:
+        del os.environ["MOE_A2A_TRACE"]
+
+
+@pytest.mark.parametrize("backend", ["shm", "collective"])
+def test_a_forked_child_ends_nothing(pool, backend, tmp_path):
+    pool.run(forks, backend, tmp_path, ranks=2)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def blames(ranks, backend):
+    case = Case(3, capacity=4)
+    with opened(ranks, backend, case, debug=True) as a2a:
+        play(a2a, ranks, case, Round(0))
+        meet(ranks)
+        time.sleep((0, 0.1, 0.25)[ranks.rank])
+        play(a2a, ranks, case, Round(1))
+        meet(ranks)
+        return a2a.wait_times()
+
+
+@pytest.mark.parametrize("backend", ["shm", "collective"])
+def test_the_slowest_of_two_slow_ranks_is_named(pool, backend):
+    waits = pool.run(blames, backend, ranks=3)[0]
+    assert waits.slowest == 2, str(waits)
+
+
+def loses_notes(ranks, rounds):
+    register()
+    case = Case(1, capacity=2)
+    with opened(ranks, "simt", case, debug=True) as a2a:
+        x, ids = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.int32)
+        a2a._impl._collect_now_and_then = lambda: None  # as in replays of a graph
+        for _ in range(rounds):
+            a2a.combine(a2a.dispatch(x, ids, torch.ones(1, 2)).x.clone())
+        return a2a.wait_times().lost
+
+
+def test_notes_that_were_overwritten_are_counted(pool):
+    assert pool.run(loses_notes, 200, ranks=1) == [0]
+    assert pool.run(loses_notes, 700, ranks=1) == [1400 - 512]
 
 
 def test_times_need_debug():
