@@ -35,7 +35,6 @@ __all__ = [
 
 _PHASES = {1: "dispatch", 2: "combine"}
 _KEPT = 20_000  # operations of a trace, the last ones
-_THERE = 50_000  # nanoseconds that a wait takes for what has come already
 _numbers = count()  # of the objects of this process
 
 
@@ -73,8 +72,8 @@ class Stopwatch:
 
     Args:
         timeline: where it goes; None for nowhere.
-        peers: ranks that it waits for, one after the other. Those that come while it waits for
-            another one count as waited for not at all.
+        peers: ranks that it waits for, one after the other: `waits` adds up how long each of them
+            kept this rank after those before it had come.
     """
 
     def __init__(
@@ -82,23 +81,18 @@ class Stopwatch:
     ) -> None:
         self._timeline, self._phase, self._round = timeline, phase, round
         self._waits = dict.fromkeys(peers, 0)
-        self._begin = self._arrived = self._since = time.monotonic_ns()
+        self._begin = self._arrived = time.monotonic_ns()
         self._sent = 0
-
-    def sent(self) -> None:
-        """Messages to all peers are on their way; waits for theirs begin."""
-        self._since = time.monotonic_ns()
-        self._sent = self._sent or self._since
 
     @contextmanager
     def waits(self, peer: int) -> Iterator[None]:
         start = time.monotonic_ns()
+        self._sent = self._sent or start
         try:
             yield
         finally:
             self._arrived = time.monotonic_ns()
-            if self._arrived - start > _THERE:
-                self._waits[peer] += self._arrived - self._since
+            self._waits[peer] += self._arrived - start
 
     def stop(self) -> None:
         """The operation is over, well or not."""

@@ -307,7 +307,6 @@ class Collective:
                     works.append((peer, self._peers.recv([receives[peer]], at, phase)))
             except RuntimeError:  # the connection is known to be gone
                 missing.add(peer)
-        self._watch.sent()
         for peer, work in works:
             left = max(self._timeout - (time.monotonic() - start), 0.001)
             try:

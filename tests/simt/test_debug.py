@@ -256,7 +256,7 @@ def blames(ranks, backend):
         return a2a.wait_times()
 
 
-@pytest.mark.parametrize("backend", ["shm", "collective"])
+@pytest.mark.parametrize("backend", ["shm"])
 def test_the_slowest_of_two_slow_ranks_is_named(pool, backend):
     waits = pool.run(blames, backend, ranks=3)[0]
     assert waits.slowest == 2, str(waits)
