@@ -124,7 +124,14 @@ void conclude(Endpoint& e, uint64_t missing) {
 // of this one: it has come by way of this one, and whom it misses there may just be giving up here.
 // Peers that have concluded without this rank go on without it, and it reports what they do.
 void expire(Endpoint& e, ControlRow row) {
-  const uint64_t self = uint64_t{1} << e.rank, mine = missing_ranks(e, row);
+  const uint64_t self = uint64_t{1} << e.rank;
+  // What those do not send that have given up on this rank is no reason to miss them.
+  uint64_t mine = missing_ranks(e, row);
+  for_each_rank(posters(e, true), [&](int peer) {
+    const uint64_t missing =
+        __atomic_load_n(&e.line<Post>(e.rank, kPost, peer).missing, __ATOMIC_RELAXED);
+    if ((missing & self) != 0) mine &= ~(uint64_t{1} << peer);
+  });
   post_all(e, mine, false);
   uint64_t posted = 0, missed = mine, without_me = 0;
   wait_for(e, kGraceNs, [&] {

@@ -130,6 +130,8 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
   const uint64_t self = bit(c.rank);
   uint64_t missing = missing_ranks(c, facts, op.tag) | (suspects & ~self);
   Posts posts = read_posts(c, facts.active, op.tag);
+  // What those do not send that have given up on this rank is no reason to miss them.
+  missing &= ~posts.accusers;
   StatusKind kind = posts.excluded ? kExcluded : kPeerTimeout;
   RoundFacts theirs = facts;
   int peer = disagrees_with;
