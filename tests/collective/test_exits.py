@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -57,6 +58,7 @@ def mapped() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_survivors_exit_without_hanging_and_leave_nothing():
     names = {path.name for path in Path("/dev/shm").iterdir()}
     with socket.socket() as probe:

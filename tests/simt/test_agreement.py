@@ -34,7 +34,7 @@ def comes_late(ranks, backend, delays, debug):
         return getattr(caught.value, "ranks", None), took, str(caught.value)
 
 
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rank_that_comes_while_the_others_give_up_is_the_one(pool, backend, debug):
     found = pool.run(comes_late, backend, (0.0, 0.0, LIMIT + 0.2), debug, ranks=3)
