@@ -133,7 +133,7 @@ void expire(Endpoint& e, ControlRow row) {
     if ((missing & self) != 0) mine &= ~(uint64_t{1} << peer);
   });
   post_all(e, mine, false);
-  uint64_t posted = 0, missed = mine, without_me = 0;
+  uint64_t posted = 0, missed = 0, without_me = 0;
   wait_for(e, kGraceNs, [&] {
     posted = posters(e, false);
     return (e.facts.active & ~self & ~posted) == 0;
@@ -148,8 +148,10 @@ void expire(Endpoint& e, ControlRow row) {
     if (concluded) without_me |= missing;
   });
   e.failure.kind = kPeerTimeout;
-  e.failure.missing = without_me != 0 ? without_me : missed & ~posted & ~self;
-  if (e.failure.missing == 0) e.failure.missing = e.failure.accusers != 0 ? self : mine;
+  e.failure.missing = without_me != 0 ? without_me : (mine | missed) & ~posted & ~self;
+  // All are alive by now: whoever was late, be it one that this rank has not missed itself.
+  if (e.failure.missing == 0)
+    e.failure.missing = e.failure.accusers != 0 ? self : missed != 0 ? missed : mine;
   e.failure.waited_ns = since_ns(e.wait_start);
   conclude(e, e.failure.missing);
 }

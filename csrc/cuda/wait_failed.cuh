@@ -154,7 +154,9 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
     // Peers that have concluded without this rank go on without it, and it reports what they do.
     missing =
         posts.without_me != 0 ? posts.without_me : (missing | posts.missed) & ~posts.posted & ~self;
-    if (missing == 0) missing = posts.accusers != 0 ? self : mine;
+    // All are alive by now: whoever was late, be it one that this rank has not missed itself.
+    if (missing == 0)
+      missing = posts.accusers != 0 ? self : posts.missed != 0 ? posts.missed : mine;
     conclude(c, missing);
   }
   note_last_seen(c, op.tag);

@@ -363,7 +363,7 @@ class Collective:
                     reported |= set(json.loads(store.get(f"{board}/{peer}/end")))
             if self._rank not in reported:
                 reported = lost.union(*by_now.values()) - said.keys() - {self._rank}
-            reported = reported or ({self._rank} if accusers else mine)
+            reported = reported or ({self._rank} if accusers else set().union(*by_now.values()))
             store.set(f"{board}/{self._rank}/end", json.dumps(sorted(reported)))
         except RuntimeError:  # the store went with the process that held it
             pass
