@@ -17,10 +17,6 @@ constexpr int kCombineStep = 512;
 // others of their multiprocessor load.
 constexpr int kRoundsTogether = 2, kPushers = 2;
 
-const char* text_of(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 int64_t cell_data(const Endpoint& e) { return e.options.lines ? kCellData : 128; }
 
 bool quantized(int wire) { return wire != kBf16 && wire != kFp16 && wire != kFp32; }

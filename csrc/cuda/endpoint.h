@@ -9,6 +9,11 @@ namespace moe_a2a::cuda {
 
 struct NoteBook;
 
+// Null where all went well.
+inline const char* text_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 struct Options {
   int device, sharers;  // ranks that share the device
   int max_blocks;       // 0: as many as the device holds

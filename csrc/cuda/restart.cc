@@ -4,14 +4,6 @@
 #include "endpoint.h"
 
 namespace moe_a2a::cuda {
-namespace {
-
-const char* text_of(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-}  // namespace
-
 const char* restart(Endpoint& e, uint32_t epoch, uint32_t generation, uint32_t round,
                     cudaStream_t stream) {
   uint8_t* own = e.context.window[e.context.rank];

@@ -170,6 +170,7 @@ static __device__ __noinline__ void give_up(const Context& c, const RoundFacts& 
     s.accusers = posts.accusers;
     s.waited_ns = start == 0 ? 0 : max(elapsed(start, nanoseconds()), int64_t{0});
     s.mine = facts;
+    s.mine.phase &= ~kMeeting;
     s.theirs = theirs;
     c.state->failed = 1;
   }
