@@ -16,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,14 @@ class Unbounded(Nvlink):
         return unbounded_library()
 
 
-def pair_of(backend: str, tokens: int, place: torch.device) -> tuple[AllToAll, Any]:
+class Pairs(NamedTuple):
+    a2a: AllToAll
+    graph: torch.cuda.CUDAGraph
+    out: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]  # a graph keeps none of the tensors that it reads
+
+
+def pairs_of(backend: str, tokens: int, place: torch.device) -> Pairs:
     """An open exchange, and a graph of PAIRS rounds of it."""
     spec = Spec(dist.get_world_size(), 256, 8, 7168, tokens)
     a2a = AllToAll(spec, backend=backend, device=place)
@@ -79,21 +86,24 @@ def pair_of(backend: str, tokens: int, place: torch.device) -> tuple[AllToAll, A
         a2a.dispatch(x, ids, weights)
         a2a.combine(y, out=out)
 
-    return a2a, capture(together, PAIRS)
+    return Pairs(a2a, capture(together, PAIRS), out, (x, ids, weights, y))
 
 
 def compare(tokens: int, place: torch.device, line: StartLine) -> dict[str, list[float]]:
     """Microseconds of a pair on the slowest rank, replay by replay."""
-    opened = {name: pair_of(name, tokens, place) for name in ("nvlink", "unbounded")}
+    opened = {name: pairs_of(name, tokens, place) for name in ("nvlink", "unbounded")}
     found: dict[str, list[float]] = {name: [] for name in opened}
     for _ in range(REPLAYS):
-        for name, (_, graph) in opened.items():
-            took = torch.tensor(replay_times(graph.replay, line, 1, 0, PAIRS), device=place)
+        for name, pairs in opened.items():
+            took = torch.tensor(replay_times(pairs.graph.replay, line, 1, 0, PAIRS), device=place)
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
             found[name].append(took.item() / 1e3)
-    for a2a, _ in opened.values():
-        a2a.check()
-        a2a.close()
+    for pairs in opened.values():
+        pairs.a2a.check()
+        if not torch.equal(pairs.out, opened["unbounded"].out):
+            raise SystemExit("the two kernels' results differ")
+    for pairs in opened.values():
+        pairs.a2a.close()
     return {name: sorted(times[REPLAYS // 10 :]) for name, times in found.items()}
 
 

@@ -115,7 +115,7 @@ class Part:
         if self.episode.backend == "shm":
             impl._library.restart(impl._endpoint, impl._addresses(), epoch, 1)
         else:
-            impl._library.restart(impl._endpoint, epoch, 1, 1, 0, impl._stream())
+            impl._library.restart(impl._endpoint, epoch, 1, 1, impl._stream())
         meet(self.ranks)
         self.a2a.mark()
 
