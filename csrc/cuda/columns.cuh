@@ -7,8 +7,6 @@
 
 namespace moe_a2a::cuda {
 
-constexpr int kColumnThreads = 512;  // that look at ids, at most
-
 // Of few tokens: a lane counts the bits of a whole column.
 struct alignas(16) FewColumns {
   static constexpr int kTokens = kSmallTokens, kLooks = 1;  // a thread's tokens

@@ -3,8 +3,8 @@
 // block announces the counts and hears those of the others; the rest of the grid moves rows.
 #include "finish.cuh"
 #include "launch.h"
-#include "quantize.cuh"
 #include "receive.cuh"
+#include "row_image.cuh"
 #include "wait_failed.cuh"
 
 namespace moe_a2a::cuda {
@@ -75,106 +75,43 @@ struct Direct {
   }
 };
 
-// Rows that are quantized on the way: the block makes the image of one token in shared memory,
-// then sends its strips. Its share is whole rows.
+// Rows that are quantized on the way, one after the other. A block's share is whole rows.
 template <int kWire, int kInput>
 struct Staged {
-  static constexpr int kSteps = 4;
-  using Data = Batch<kInput, kSteps>;
-
-  // A warp's columns of a row: every so many, from `first` on; a batch of them at a time.
-  static __device__ __forceinline__ int first() { return threadIdx.x / kWarp * kWarpColumns; }
-  static __device__ __forceinline__ int stride() { return blockDim.x / kWarp * kWarpColumns; }
-
-  static __device__ __forceinline__ void load(const DispatchLaunch& p, int t, int from,
-                                              Data& data) {
-    data.load(p.a.payload.row(t), p.a.input, p.c.hidden, from, stride(), p.c.padded);
-  }
-
-  static __device__ __forceinline__ Fp8Scale row_scale(const DispatchLaunch& p,
-                                                       const uint8_t* row) {
-    MOE_SHARED(uint32_t, amax);
-    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-    const int share = (p.c.hidden / warps + kWarpColumns) / kWarpColumns * kWarpColumns;
-    if (threadIdx.x == 0) amax = 0;
-    __syncthreads();
-    const int from = min(warp * share, p.c.hidden);
-    const uint32_t own =
-        largest_of_columns<kInput>(row, p.a.input, from, min(from + share, p.c.hidden));
-    if (threadIdx.x % kWarp == 0) atomicMax(&amax, own);
-    __syncthreads();
-    return fp8_scale(amax);
-  }
-
-  // Payload and scales of token t; `data`: this warp's first columns of it.
-  static __device__ __forceinline__ void quantize(const DispatchLaunch& p, int t,
-                                                  float global_scale, Data& data, uint8_t* image) {
-    const Context& c = p.c;
-    const int wire = kWire == kAny ? p.a.wire : kWire;
-    const float scale = arrived<kWire>(global_scale);
-    QuantizeRow r{p.a.payload.row(t), p.a.input, wire, c.hidden, c.padded, scale, 1.0f / scale, {}};
-    uint8_t* scales = image + p.segment[kSegmentScales].image;
-    if (wire == kFp8) {
-      r.row_scale = row_scale(p, r.data);
-      if (threadIdx.x == 0) *reinterpret_cast<float*>(scales) = r.row_scale.scale;
-    }
-#pragma unroll 1
-    for (int col = first(); col < c.padded; col += kSteps * stride()) {
-      if (col != first()) load(p, t, col, data);
-      data.template quantize<kWire>(r, col, stride(), min(col + kSteps * stride(), c.padded), image,
-                                    scales);
-    }
-  }
-
-  // Ids, weights, extras: by the last warps, which have fewer columns and, in small rounds, no
-  // tokens before the tile to look at.
-  static __device__ __forceinline__ void take_rest(const DispatchLaunch& p, int t, uint8_t* image) {
-    const int thread = blockDim.x - 1 - threadIdx.x;
-#pragma unroll 1
-    for (int at = p.segment[kSegmentIds].image + thread * 16; at < p.image_bytes;
-         at += blockDim.x * 16)
-      *reinterpret_cast<Chunk*>(image + at) = load_image(p, t, at, 16);
-  }
-
-  template <class Packet, int kRun>
-  static __device__ __forceinline__ void send_strips(const DispatchLaunch& p, uint64_t tag,
-                                                     const Route& route, int in_tile,
-                                                     const uint8_t* image) {
-    const int warps = blockDim.x / kWarp;
-#pragma unroll 1
-    for (int at = threadIdx.x / kWarp; at < p.runs; at += warps) {
-      const Run<Packet, kRun> run(at * kRun);
-      Chunk data[kRun];
-#pragma unroll
-      for (int u = 0; u < kRun; ++u) {
-        const bool inside = run.chunk(u) < p.image_bytes;
-        const auto* words = reinterpret_cast<const uint64_t*>(image + run.chunk(u));
-        data[u].lo = inside ? words[0] : 0;
-        data[u].hi = inside && Packet::kLoad == 16 ? words[1] : 0;
-      }
-      send_run<Packet, kRun>(p, tag, route, in_tile, run, data);
-    }
-  }
+  using Image = RowImage<kWire, kInput>;
 
   template <class Packet, int kRun>
   struct Rows {
+    static __device__ __forceinline__ void send_strips(const DispatchLaunch& p, uint64_t tag,
+                                                       const Route& route, int in_tile,
+                                                       const uint8_t* image) {
+      const int warps = blockDim.x / kWarp;
+#pragma unroll 1
+      for (int at = threadIdx.x / kWarp; at < p.runs; at += warps) {
+        const Run<Packet, kRun> run(at * kRun);
+        Chunk data[kRun];
+        load_image_run(p, image, run, data);
+        send_run<Packet, kRun>(p, tag, route, in_tile, run, data);
+      }
+    }
+
     static __device__ __forceinline__ void send(const DispatchLaunch& p, const Operation& op,
                                                 Route& route) {
       MOE_DYNAMIC_SHARED(image);
       const Share share(p);
       Tiles tiles;
       const float global_scale = p.global_scale == nullptr ? 1.0f : *p.global_scale;
-      Data data;
-      if (share.first < share.last) load(p, share.first, first(), data);
+      typename Image::Data data;
+      if (share.first < share.last) Image::load(p, share.first, data);
 #pragma unroll 1
       for (int t = share.first; t < share.last; ++t) {
         const int in_tile = (t - share.first) % kTile;
-        take_rest(p, t, image);
+        Image::take_rest(p, t, image);
         if (in_tile == 0) tiles.next(p, t, min(t + kTile, share.last), t == share.first, route);
-        quantize(p, t, global_scale, data, image);
+        Image::quantize(p, t, global_scale, data, image);
         __syncthreads();
-        if (t + 1 < share.last) load(p, t + 1, first(), data);
-        if (!op.dead) send_strips<Packet, kRun>(p, op.tag, route, in_tile, image);
+        if (t + 1 < share.last) Image::load(p, t + 1, data);
+        if (!op.dead) send_strips(p, op.tag, route, in_tile, image);
         __syncthreads();
       }
     }

@@ -4,9 +4,8 @@
 // from the arguments alone is computed before the kernels ahead are over.
 #include <type_traits>
 
-#include "columns.cuh"
 #include "finish.cuh"
-#include "receive.cuh"
+#include "targets.cuh"
 #include "wait_failed.cuh"
 
 namespace moe_a2a::cuda {
@@ -42,31 +41,14 @@ struct Outgoing {
 #pragma unroll
     for (int u = 0; u < kRun; ++u) origin[u].load(p, position.t, run.chunk(u));
   }
-  // To every rank that the token goes to, this one last, which has no way to go; the first run of a
-  // token also notes its ranks and slots for the combine of this round. `outbox`: where the packets
-  // for rank `lane` begin.
   __device__ __forceinline__ void send(const DispatchLaunch& p, uint64_t tag, uint8_t* outbox,
                                        const Columns& columns, Chunk (&data)[kRun]) const {
-    const Context& c = p.c;
-    const int lane = threadIdx.x % kWarp, slot = columns.slot(position);
-    const uint32_t all = __ballot_sync(kAllLanes, columns.goes(position)), self = 1u << c.rank;
-    const auto packets = reinterpret_cast<uint64_t>(outbox + static_cast<int64_t>(slot) * p.pitch);
+    const Targets targets(p, columns, position, outbox);
     if (!inside) {
 #pragma unroll
       for (int u = 0; u < kRun; ++u) data[u] = origin[u].settle(p);
     }
-#pragma unroll 1
-    for (uint32_t left = all & ~self; left != 0; left &= left - 1) {
-      const uint64_t to = __shfl_sync(kAllLanes, packets, __ffs(left) - 1);
-      run.send(reinterpret_cast<uint8_t*>(to), p.pitch, tag, data);
-    }
-    if ((all & self) != 0) {
-      const int own = __shfl_sync(kAllLanes, slot, c.rank);
-      Places<Line128, kRun>(p, c.rank * p.a.max_rows + own, run).put(data);
-    }
-    if (run.strip() != 0) return;
-    if (lane == 0) c.token_ranks[position.t] = all;
-    if (lane < c.ep_size) c.token_slots[position.t * c.ep_size + lane] = slot;
+    targets.send(p, tag, position.t, run, data);
   }
 };
 

@@ -124,10 +124,23 @@ bool takes_many(const Endpoint& e, int64_t strips, DispatchLaunch& p, int& run) 
   return true;
 }
 
+// A block a token as far as there are blocks, or a warp a strip to receive.
+const char* dispatch_quantized(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
+  p.runs = static_cast<int32_t>(strips_of(p.pitch));
+  p.by_runs = fast_divisor(p.runs);
+  p.by_peers = fast_divisor(e.geometry.ep_size - 1);
+  const int64_t wanted = std::max(p.a.tokens, (p.a.max_rows * p.runs + 15) / 16) + 1;
+  const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, 1, e.blocks));
+  const void* kernel = dispatch_quantized_kernel(wire_of(p), p.a.tokens > kSmallTokens);
+  return launch(e, kernel, {blocks, kColumnThreads, static_cast<int>(p.image_bytes)}, &p, stream);
+}
+
 const char* dispatch_in_packets(Endpoint& e, DispatchLaunch& p, cudaStream_t stream) {
   const bool staged = p.a.input >= 0;
-  const bool columns =
-      !staged && e.options.lines && p.a.tokens <= kManyTokens && e.geometry.ep_size <= kSmallRanks;
+  const bool few =
+      e.options.lines && p.a.tokens <= kManyTokens && e.geometry.ep_size <= kSmallRanks;
+  if (few && staged && rows_aligned(p)) return dispatch_quantized(e, p, stream);
+  const bool columns = few && !staged;
   const int64_t strips = strips_of(p.pitch), peers = std::max<int64_t>(e.geometry.ep_size - 1, 1);
   int run = columns ? run_of(e, p.a.max_rows * strips) : staged || !e.options.lines ? 1 : 2;
   const bool many = columns && takes_many(e, strips, p, run);
@@ -247,11 +260,13 @@ const char* load_kernels() {
         (wire < 0 ? kernels : staged).push_back(dispatch_packets_kernel(lines, wire, aligned));
     }
   }
-  kernels.insert(kernels.end(), staged.begin(), staged.end());
   for (const void* kernel : {meet_peers_kernel(), note_end_kernel(), note_clock_kernel()})
     kernels.push_back(kernel);
   for (int run : {1, 2})
     for (bool many : {false, true}) kernels.push_back(dispatch_small_kernel(many, run));
+  for (int wire : kDispatched)
+    for (bool many : {false, true})
+      if (wire >= 0) staged.push_back(dispatch_quantized_kernel(wire, many));
   for (int wire : {kBf16, kFp16, kFp32, kFp8Block128, kMxfp8}) {
     for (int scalar : {kScalarBf16, kScalarFp16, kScalarFp32}) {
       const int chunks = !quantized(wire) ? 1 : scalar == kScalarFp32 ? 4 : 2;
@@ -259,6 +274,7 @@ const char* load_kernels() {
         kernels.push_back(combine_kernel(wire, scalar, runs));
     }
   }
+  kernels.insert(kernels.end(), staged.begin(), staged.end());
   for (const void* kernel : kernels) {
     cudaFuncAttributes attributes;
     if (const char* error = text_of(cudaFuncGetAttributes(&attributes, kernel))) return error;

@@ -9,6 +9,7 @@ namespace moe_a2a::cuda {
 // Tokens of a rank that dispatch_small takes as few, and those that it takes at all.
 constexpr int kSmallTokens = 128, kManyTokens = 1024;
 constexpr int kSmallRanks = 32;
+constexpr int kColumnThreads = 512;  // of a block, at most
 // Where a warp would have more runs to receive than kUndividedRuns, kSenders of a block's 16 send
 // and the others receive. kNap: nanoseconds between polls of warps that only wait.
 constexpr int kUndividedRuns = 2, kSenders = 8, kNap = 50;
@@ -18,6 +19,8 @@ constexpr int kQuantizedSteps = 2;
 
 // `many`: more than kSmallTokens, or rows to receive for which warps divide the work; 512 threads.
 const void* dispatch_small_kernel(bool many, int run);
+// As many tokens, of aligned bf16 rows that are quantized to `wire`; 512 threads.
+const void* dispatch_quantized_kernel(int wire, bool many);
 // `wire`: what rows are quantized to, -1 where they travel as they are. `aligned`: rows begin on 16
 // bytes and travel in whole chunks; those that are quantized are bf16.
 const void* dispatch_packets_kernel(bool lines, int wire, bool aligned);
