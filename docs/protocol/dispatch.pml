@@ -1,4 +1,4 @@
-/* Dispatch: dispatch_small.cu and dispatch_packets.cu (rows in packets), dispatch_bulk.cu. */
+/* Dispatch: dispatch_{small,quantized,packets}.cu (rows in packets), dispatch_bulk.cu. */
 
 /* A row to each peer, each a store of its own, or a line each. */
 inline send_rows() {
