@@ -1,0 +1,179 @@
+"""Experts in plain torch, for hardware that lacks the formats: right on any device, fast on none.
+
+Rows and weights are quantized and decoded exactly as hardware would see them, then multiplied as
+bf16 with fp32 accumulation. One expert at a time is expanded in memory, as fp32.
+n rows of one expert, K top_k, H hidden_size, I intermediate size, W ep_size, R runtime_max_tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from moe_a2a.errors import GeometryError
+from moe_a2a.experts.base import check_call, output_dtype
+from moe_a2a.experts.input_scale import shared_encode_scale
+from moe_a2a.experts.matrix import weight_format
+from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.formats import FORMATS
+from moe_a2a.wording import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_a2a.formats import WireFormat
+    from moe_a2a.received import Received
+    from moe_a2a.spec import Spec
+
+__all__ = ["Emulated"]
+
+_UNIT = 32
+
+
+class Emulated:
+    """The experts of one rank, computed as hardware with the formats would.
+
+    For a row x of an expert: x is quantized to the activation format and decoded, unless it arrived
+    in that format; ``h = x @ w13 + b13``; the activation in fp32, its result rounded to bf16;
+    quantized and decoded again; ``y = h @ w2 + b2``, in fp32. What enters a product is rounded to
+    bf16 (not with fp32 weights), and accumulated in fp32. On CUDA the host waits for the device, so
+    it can't be captured in a graph.
+
+    Args:
+        spec: of the exchange.
+        device: of weights and rows.
+        weights: of this rank's experts; H of w13 may be padded.
+        activations: format that both matrices' inputs are quantized to, a key of
+            `moe_a2a.experts.WEIGHT_FORMATS`; "bf16" and "fp32" quantize nothing. None is each
+            matrix's own.
+        rule: shared exponent of mxfp4 and mxfp6 activations. The wires' "ceil" by default;
+            hardware W4A4 pipelines use "even".
+
+    Raises:
+        GeometryError: weights that don't fit the Spec, an unknown format or rule, or a format whose
+            blocks don't divide a matrix's columns.
+        PayloadError: weights on another device.
+    """
+
+    name: ClassVar[str] = "emulated"
+    device_types: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    accepts: ClassVar[tuple[str, ...]] = tuple(FORMATS)
+    expects_unquantized_inputs: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        spec: Spec,
+        device: torch.device | str,
+        weights: ExpertWeights,
+        *,
+        activations: str | None = None,
+        rule: str = "ceil",
+    ) -> None:
+        if not isinstance(weights, ExpertWeights):
+            raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
+        weights.check_fits(spec)
+        weights.check_on(device)
+        self.spec, self.weights = spec, weights
+        self.invalid_expert_id = spec.invalid_expert_id
+        self.hidden_dim_unpadded = spec.hidden_size
+        inputs = (
+            ("w13", weights.w13, weights.w13_input_scale),
+            ("w2", weights.w2, weights.w2_input_scale),
+        )
+        self._w13_input, self._w2_input = (
+            _Input(name, activations or matrix.format, matrix.columns, scale, rule)
+            for name, matrix, scale in inputs
+        )
+
+    @staticmethod
+    def unusable(
+        spec: Spec | None, device: torch.device, weights: ExpertWeights | None
+    ) -> str | None:
+        return None
+
+    @torch.no_grad()
+    def __call__(self, recv: Received, *, out: Tensor | None = None) -> Tensor:
+        """As `moe_a2a.experts.base.Experts`."""
+        recv = check_call(self.spec, recv, self.weights, out)
+        local = recv.local_ids().flatten(0, 1)  # [W*R, K]
+        router = recv.topk_weights.flatten(0, 1)
+        arrived = None if recv.deferred else self.spec.wire
+        decoded = recv.dequantize().flatten(0, 1)
+        total = torch.zeros_like(decoded)
+        for expert in range(self.weights.num_experts):
+            hit = local == expert
+            rows = hit.any(-1).nonzero().squeeze(-1)
+            if not len(rows):
+                continue
+            y = self._expert(expert, decoded[rows], arrived)
+            for choice in range(local.shape[1]):
+                chose = hit[rows, choice]
+                at = rows[chose]
+                # No row occurs twice in `at`, so nothing hangs on the order of these stores.
+                total[at] = total[at] + y[chose] * router[at, choice].unsqueeze(-1)
+        shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
+        if out is None:
+            out = torch.empty(shape, dtype=output_dtype(self.spec), device=total.device)
+        return out.copy_(total.view(shape))
+
+    def _expert(self, expert: int, x: Tensor, arrived: str | None) -> Tensor:
+        """fp32 [n, H] -> fp32 [n, H]; ``arrived`` is the wire's format, None for bf16."""
+        weights = self.weights
+        x = torch.nn.functional.pad(x, (0, weights.w13.columns - x.shape[1]))
+        x = self._w13_input.seen_by_hardware(x, arrived)
+        h = self._product(x, "w13", expert)
+        h = weights.activation(h)
+        if weights.w2.format != "fp32":
+            h = _bf16(h)
+        h = self._w2_input.seen_by_hardware(h, None)
+        return self._product(h, "w2", expert)[:, : self.hidden_dim_unpadded]
+
+    def _product(self, x: Tensor, which: str, expert: int) -> Tensor:
+        """``x @ matrix.T + bias``, fp32 [n, K] -> fp32 [n, N]."""
+        matrix = self.weights.w13 if which == "w13" else self.weights.w2
+        bias = self.weights.b13 if which == "w13" else self.weights.b2
+        w = matrix.dequantize(slice(expert, expert + 1))[0]
+        # Products of bf16 are exact in fp32, so this is what a bf16 unit accumulates.
+        y = x @ w.T if matrix.format == "fp32" else _bf16(x) @ _bf16(w).T
+        return y if bias is None else y + bias[expert].to(torch.float32)
+
+
+class _Input:
+    """What the rows that meet a matrix go through first."""
+
+    def __init__(
+        self, which: str, name: str, columns: int, decode: Tensor | None, rule: str
+    ) -> None:
+        self._form: WireFormat = weight_format(name)
+        form = self._form
+        if columns % form.block:
+            raise GeometryError(
+                f"{which} has {columns} columns: activations={name!r} needs a multiple of "
+                f"{form.block}; moe_a2a.experts.padded pads weights"
+            )
+        if rule not in ("ceil", "even", "floor"):
+            raise GeometryError(f"rule={shown(rule)}: must be one of ceil, even, floor")
+        self._rule = rule if rule in form.rules else form.rules[0]
+        self._scale = None
+        if form.takes_global_scale and decode is not None:
+            self._scale = shared_encode_scale(decode, name=f"{which}_input_scale")
+
+    def seen_by_hardware(self, x: Tensor, arrived: str | None) -> Tensor:
+        """fp32 [n, K], quantized and decoded; as it is if that is how it ``arrived``."""
+        form = self._form
+        if form.scale_dtype is None or form.name == arrived:
+            return x
+        payload, scales = form.quantize(
+            x.contiguous(),
+            global_scale=self._scale,
+            alignment=_UNIT,
+            rule=self._rule,
+            ue8m0=False,
+        )
+        return form.dequantize(payload, scales, hidden_size=x.shape[-1], global_scale=self._scale)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    """Rounded to bf16, kept as fp32."""
+    return x.to(torch.bfloat16).to(torch.float32)

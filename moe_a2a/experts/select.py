@@ -1,0 +1,114 @@
+"""The expert backends, in the order in which `select` tries them. One line and one file each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_a2a.errors import BackendUnavailable, GeometryError
+from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.wording import shown
+
+if TYPE_CHECKING:
+    from moe_a2a.experts.base import Experts
+    from moe_a2a.spec import Spec
+
+__all__ = ["EXPERTS", "explain", "load", "reasons", "select"]
+
+EXPERTS = {
+    "emulated": "moe_a2a.experts.emulated:Emulated",
+}
+
+
+def load(name: str) -> type[Experts]:
+    """The class behind a name.
+
+    Raises:
+        BackendUnavailable: no such backend.
+    """
+    if not isinstance(name, str) or name not in EXPERTS:
+        text = f"no such expert backend; there are: auto, {', '.join(EXPERTS)}"
+        raise BackendUnavailable(f"backend={shown(name)}: {text}", reasons={shown(name): text})
+    module, _, attribute = EXPERTS[name].partition(":")
+    found: type[Experts] = getattr(import_module(module), attribute)
+    return found
+
+
+def reasons(
+    spec: Spec | None, device: torch.device | str, weights: ExpertWeights | None
+) -> dict[str, str | None]:
+    """Why each backend can't be used, None where it can.
+
+    Without ``spec`` and ``weights``: why it can't be used on this machine.
+    """
+    place = torch.device(device)
+    return {name: _reason(load(name), spec, place, weights) for name in EXPERTS}
+
+
+def select(
+    spec: Spec, device: torch.device | str, weights: ExpertWeights, *, backend: str = "auto"
+) -> Experts:
+    """The first backend that can compute with these weights on that device; or the one named.
+
+    Raises:
+        BackendUnavailable: none can; ``reasons`` has why not, by backend.
+        GeometryError: weights that don't fit the Spec, whichever the backend.
+        PayloadError: weights on another device.
+    """
+    _check(spec, torch.device(device), weights)
+    if backend != "auto":
+        load(backend)
+    found = reasons(spec, device, weights)
+    wanted = tuple(EXPERTS) if backend == "auto" else (backend,)
+    for name in wanted:
+        if found[name] is None:
+            return load(name)(spec, device, weights)
+    blocked = {name: str(found[name]) for name in wanted}
+    text = "\n".join(f"  {name}: {why}" for name, why in blocked.items())
+    raise BackendUnavailable(f"experts={backend!r} can't be used:\n{text}", reasons=blocked)
+
+
+def explain(spec: Spec, device: torch.device | str, weights: ExpertWeights) -> str:
+    """What `select` makes of the same arguments, as a table to print: one line for each backend."""
+    place = torch.device(device)
+    _check(spec, place, weights)
+    formats = " and ".join(dict.fromkeys((weights.w13.format, weights.w2.format)))
+    lines = [f"experts for {formats} weights, wire {spec.wire}, on {place}"]
+    width = max(map(len, EXPERTS)) + 2
+    chosen = False
+    for name, why in reasons(spec, place, weights).items():
+        state = f"not usable: {why}" if why is not None else "usable" if chosen else "chosen"
+        chosen |= why is None
+        lines.append(f"  {name:<{width}}{state}")
+    return "\n".join(lines)
+
+
+def _reason(
+    backend: type[Experts],
+    spec: Spec | None,
+    device: torch.device,
+    weights: ExpertWeights | None,
+) -> str | None:
+    if device.type not in backend.device_types:
+        return f"computes with {'/'.join(backend.device_types)} tensors, not {device.type}"
+    if spec is not None:
+        arriving = spec.wire
+        if backend.expects_unquantized_inputs and spec.quantized:
+            if not spec.allow_defer:
+                return (
+                    f"quantizes by itself, and wire {spec.wire} arrives quantized: open with "
+                    "Spec(allow_defer=True) and defer"
+                )
+            arriving = "bf16"
+        if arriving not in backend.accepts:
+            return f"takes rows of wire {'/'.join(backend.accepts)}, not {arriving}"
+    return backend.unusable(spec, device, weights)
+
+
+def _check(spec: Spec, device: torch.device, weights: object) -> None:
+    if not isinstance(weights, ExpertWeights):
+        raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
+    weights.check_fits(spec)
+    weights.check_on(device)
