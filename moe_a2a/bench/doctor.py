@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_a2a import backends
+from moe_a2a import backends, experts
 from moe_a2a._build import build_cpu, cache_directory
 from moe_a2a.alltoall import AllToAll
 from moe_a2a.bench.cases import PRESETS, Effort, Sweep
@@ -46,6 +46,13 @@ def print_diagnosis() -> bool:
         results = {name: _state(name, reason, device_type) for name, reason in found.items()}
         working |= any(text.startswith("usable") for text in results.values())
         _print_pairs(results)
+        print(f"\nexperts for {device_type} tensors")
+        _print_pairs(
+            {
+                name: "usable" if why is None else f"not usable: {why}"
+                for name, why in experts.reasons(None, device_type, None).items()
+            }
+        )
     return working
 
 

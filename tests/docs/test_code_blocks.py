@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "docs/embedding.md"]
+DOCUMENTS = ["README.md", "docs/embedding.md", "docs/experts.md"]
 BLOCKS = [
     pytest.param(block, id=f"{name}-{number}")
     for name in DOCUMENTS

@@ -30,7 +30,7 @@ def load(name: str) -> type[Experts]:
     """
     if not isinstance(name, str) or name not in EXPERTS:
         text = f"no such expert backend; there are: auto, {', '.join(EXPERTS)}"
-        raise BackendUnavailable(f"backend={shown(name)}: {text}", reasons={shown(name): text})
+        raise BackendUnavailable(f"backend={shown(name)}: {text}", reasons={str(name): text})
     module, _, attribute = EXPERTS[name].partition(":")
     found: type[Experts] = getattr(import_module(module), attribute)
     return found
