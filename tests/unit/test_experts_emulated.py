@@ -36,11 +36,12 @@ def weights(form="bf16", experts=E, **more):
     return ExpertWeights(w13, w2, **more)
 
 
-def run(experts, ids, router, x=None, *, out=None, spec=SPEC):
+def run(experts, ids, router, x=None, *, out=None, spec=SPEC, defer=False):
     """y of the tokens, [T, H], and of the padding behind them."""
     x = floats(len(ids), spec.hidden_size, seed=3) if x is None else x
     with AllToAll(spec, backend="shm") as a2a:
-        recv = a2a.dispatch(x.bfloat16(), torch.tensor(ids), torch.tensor(router))
+        given = (x.bfloat16(), torch.tensor(ids), torch.tensor(router))
+        recv = a2a.dispatch(*given, defer=defer)
         y = experts(recv, out=out)[0]
     # A token that goes nowhere has no row.
     return y[: sum(any(0 <= i < E for i in row) for row in ids)]
@@ -120,6 +121,18 @@ def test_activations_are_chosen_by_name_and_rule():
     ):
         with pytest.raises(GeometryError, match=text):
             Emulated(SPEC, "cpu", held, **options)
+
+
+def test_rows_that_arrived_quantized_are_not_quantized_again():
+    # So small that block scales are subnormal: quantizing twice is not the same as once there.
+    x = floats(4, H, seed=8, scale=0.01)
+    spec = Spec(1, E, 3, H, T, wire="nvfp4", combine_wire="fp32", allow_defer=True)
+    held = weights(w2_input_scale=torch.full((E,), 1e-7))
+    experts = Emulated(spec, "cpu", held, activations="nvfp4")
+    ids, router = [[0, 1, 2]] * 4, [[1.0, 1.0, 1.0]] * 4
+    first, later = (run(experts, ids, router, x, spec=spec, defer=d) for d in (False, True))
+    assert torch.equal(first, later)
+    assert first.any()
 
 
 def test_the_largest_decode_scale_keeps_every_expert_from_saturating():
