@@ -36,13 +36,14 @@ class Case:
     activations: str | None = None  # None: the weights' own
     combine_wire: str = "fp32"
     top_k: int = 2
+    experts: int = EXPERTS  # the first so many
     biased: bool = True
     defer: bool = False
     poison: bool = True  # every byte that padding rows arrive with
 
     def spec(self, size: int) -> Spec:
-        own = (size, EXPERTS, self.top_k, HIDDEN, TOKENS)
-        more = {"invalid_expert_id": EXPERTS if size % 2 else -1, "allow_defer": self.defer}
+        own = (size, self.experts, self.top_k, HIDDEN, TOKENS)
+        more = {"invalid_expert_id": self.experts if size % 2 else -1, "allow_defer": self.defer}
         return Spec(*own, wire=self.wire, combine_wire=self.combine_wire, **more)
 
 
@@ -59,7 +60,7 @@ def tokens(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x [T, H], ids [T, K] and router weights of all ranks' tokens, one after the other."""
     rng = numbers(1)
     x = floats(rng, TOKENS, HIDDEN)
-    there = [expert for expert in range(EXPERTS) if expert != UNUSED]
+    there = [expert for expert in range(case.experts) if expert != UNUSED]
     ids = rng.choice([*there, *there, *there, -1, EXPERTS + 2], (TOKENS, case.top_k))
     ids[0], ids[1] = there[0], -1  # one expert, K times; and no expert at all
     router = rng.random((TOKENS, case.top_k)) + 0.1

@@ -71,6 +71,12 @@ def test_the_number_of_ranks_makes_no_difference(pool, top_k):
             assert (np.abs(out - one) <= 3.2 * unit * emulated(case)[1]).all(), (size, case)
 
 
+def test_ranks_that_own_no_expert(pool):
+    case = Case("mxfp8", "mxfp4", experts=2)
+    (out,) = outputs(pool, 4, [case])
+    assert oracle.distance(out, emulated(case)[0]) < 1e-6
+
+
 @pytest.mark.parametrize("wire", QUANTIZED)
 def test_deferring_gives_the_same_bits_as_quantizing_first(pool, wire):
     case = Case(wire, "bf16", activations=wire, defer=True)
