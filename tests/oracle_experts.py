@@ -159,6 +159,13 @@ def hardware(name13: str, name2: str, weight: str, arrived: str, gs=(1.0, 1.0), 
     return seen
 
 
+def far_rows(x: np.ndarray, y: np.ndarray, limit: float) -> int:
+    """Rows further apart than `limit`. Where rounding differs in its last bit a code may tip over
+    now and then, which moves a whole row: a handful is no fault, and no other row may be far."""
+    return sum(distance(*pair) > limit for pair in zip(x, y, strict=True))
+
+
 def distance(x: np.ndarray, y: np.ndarray) -> float:
     """1 - 2 sum(xy) / sum(x^2 + y^2): 0 for equal, 1 for unrelated."""
-    return float(1 - 2 * (x * y).sum() / (x * x + y * y).sum())
+    size = (x * x + y * y).sum()
+    return float(1 - 2 * (x * y).sum() / size) if size else 0.0

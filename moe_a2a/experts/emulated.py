@@ -22,6 +22,7 @@ from moe_a2a.wording import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_a2a.experts.matrix import ExpertMatrix
     from moe_a2a.formats import WireFormat
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
@@ -122,21 +123,11 @@ class Emulated:
         weights = self.weights
         x = torch.nn.functional.pad(x, (0, weights.w13.columns - x.shape[1]))
         x = self._w13_input.seen_by_hardware(x, arrived)
-        h = self._product(x, "w13", expert)
-        h = weights.activation(h)
+        h = weights.activation(_product(x, weights.w13, weights.b13, expert))
         if weights.w2.format != "fp32":
             h = _bf16(h)
         h = self._w2_input.seen_by_hardware(h, None)
-        return self._product(h, "w2", expert)[:, : self.hidden_dim_unpadded]
-
-    def _product(self, x: Tensor, which: str, expert: int) -> Tensor:
-        """``x @ matrix.T + bias``, fp32 [n, K] -> fp32 [n, N]."""
-        matrix = self.weights.w13 if which == "w13" else self.weights.w2
-        bias = self.weights.b13 if which == "w13" else self.weights.b2
-        w = matrix.dequantize(slice(expert, expert + 1))[0]
-        # Products of bf16 are exact in fp32, so this is what a bf16 unit accumulates.
-        y = x @ w.T if matrix.format == "fp32" else _bf16(x) @ _bf16(w).T
-        return y if bias is None else y + bias[expert].to(torch.float32)
+        return _product(h, weights.w2, weights.b2, expert)[:, : self.hidden_dim_unpadded]
 
 
 class _Input:
@@ -172,6 +163,14 @@ class _Input:
             ue8m0=False,
         )
         return form.dequantize(payload, scales, hidden_size=x.shape[-1], global_scale=self._scale)
+
+
+def _product(x: Tensor, matrix: ExpertMatrix, bias: Tensor | None, expert: int) -> Tensor:
+    """``x @ matrix.T + bias`` of one expert, fp32 [n, K] -> fp32 [n, N]."""
+    w = matrix.dequantize(slice(expert, expert + 1))[0]
+    # Products of bf16 are exact in fp32, so this is what a bf16 unit accumulates.
+    y = x @ w.T if matrix.format == "fp32" else _bf16(x) @ _bf16(w).T
+    return y if bias is None else y + bias[expert].to(torch.float32)
 
 
 def _bf16(x: Tensor) -> Tensor:

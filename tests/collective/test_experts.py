@@ -31,6 +31,11 @@ def outputs(pool, size, cases):
     return [np.concatenate(parts) for parts in zip(*by_rank, strict=True)]
 
 
+def check_emulated(case, out):
+    """Against the same quantizations in float64: only rounding is left."""
+    assert oracle.far_rows(out, emulated(case)[0], 1e-7) <= 2, case
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_every_wire_and_weight_format(pool, wire):
     cases = [Case(wire, form, biased=bool(n % 2)) for n, form in enumerate(oracle.FORMATS)]
@@ -39,15 +44,14 @@ def test_every_wire_and_weight_format(pool, wire):
         tolerance = 0.1 if fp4 else 3e-2
         np.testing.assert_allclose(out, wanted, tolerance, tolerance, err_msg=str(case))
         assert oracle.distance(out, wanted) < (0.06 if fp4 else 0.01), case
-        # Against the same quantizations only rounding is left, and codes that it tips over.
-        assert oracle.distance(out, emulated(case)[0]) < 1e-6, case
+        check_emulated(case, out)
 
 
 def test_activations_other_than_the_weights(pool):
     cases = [Case("mxfp8", "mxfp4", activations="mxfp8"), Case("bf16", "mxfp4", activations="bf16")]
     cases += [Case("fp8", "nvfp4", activations="bf16"), Case("bf16", "bf16", activations="nvfp4")]
     for case, out in zip(cases, outputs(pool, 2, cases), strict=True):
-        assert oracle.distance(out, emulated(case)[0]) < 1e-6, case
+        check_emulated(case, out)
         own = replace(case, activations=None)
         assert oracle.distance(out, emulated(own)[0]) > 1e-4, "activations= made no difference"
 
@@ -74,7 +78,7 @@ def test_the_number_of_ranks_makes_no_difference(pool, top_k):
 def test_ranks_that_own_no_expert(pool):
     case = Case("mxfp8", "mxfp4", experts=2)
     (out,) = outputs(pool, 4, [case])
-    assert oracle.distance(out, emulated(case)[0]) < 1e-6
+    check_emulated(case, out)
 
 
 @pytest.mark.parametrize("wire", QUANTIZED)

