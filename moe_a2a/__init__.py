@@ -2,9 +2,19 @@
 
 from moe_a2a import errors, formats
 from moe_a2a.alltoall import AllToAll
+from moe_a2a.moe_layer import MoELayer
 from moe_a2a.prepare_finalize import Prepared, PrepareFinalize
 from moe_a2a.received import Received
 from moe_a2a.spec import Spec
 
 __version__ = "0.1.0"
-__all__ = ["AllToAll", "PrepareFinalize", "Prepared", "Received", "Spec", "errors", "formats"]
+__all__ = [
+    "AllToAll",
+    "MoELayer",
+    "PrepareFinalize",
+    "Prepared",
+    "Received",
+    "Spec",
+    "errors",
+    "formats",
+]

@@ -104,13 +104,11 @@ class PrepareFinalize:
             PayloadError: the factor is no number, ``shared`` has another shape or device, is no
                 floating tensor or requires grad; nothing was sent.
         """
-        factor = _factor(routed_scaling_factor)
-        if shared is not None:
-            self._check_shared(shared)
-            if isinstance(out, torch.Tensor) and (
-                is_dynamo_compiling() or _may_overlap(out, shared)  # a graph has no addresses
-            ):
-                shared = shared.clone()  # combine writes out before shared is added
+        factor = self.check_finalize(self.a2a.round_tokens, shared, routed_scaling_factor)
+        if shared is not None and isinstance(out, torch.Tensor):
+            apart = not is_dynamo_compiling() and not _may_overlap(out, shared)
+            # Combine writes out before shared is added; a graph has no addresses to compare.
+            shared = shared if apart else shared.clone()
         combined = self.a2a.combine(y, out=out)
         if factor is None and shared is None:
             return combined
@@ -145,8 +143,21 @@ class PrepareFinalize:
         weighted = (x.to(torch.float32) * topk_weights).to(x.dtype)
         return weighted, torch.ones_like(topk_weights)
 
-    def _check_shared(self, shared: Tensor) -> None:
-        tokens, hidden = self.a2a.round_tokens, self.a2a.spec.hidden_size
+    def check_finalize(
+        self, tokens: int, shared: Tensor | None, routed_scaling_factor: float | None
+    ) -> Tensor | None:
+        """Raises what `finalize` would for a round of that many tokens.
+
+        Returns:
+            The factor as an fp32 scalar, None for 1.
+        """
+        factor = _factor(routed_scaling_factor)
+        if shared is not None:
+            self._check_shared(shared, tokens)
+        return factor
+
+    def _check_shared(self, shared: Tensor, tokens: int) -> None:
+        hidden = self.a2a.spec.hidden_size
         if not isinstance(shared, torch.Tensor):
             raise PayloadError(f"shared is {type(shared).__name__}: expected a tensor")
         if shared.is_nested or shared.layout is not torch.strided:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_a2a.experts.weights import ExpertWeights
     from moe_a2a.spec import Spec
 
-__all__ = ["Experts", "check_call", "output_dtype"]
+__all__ = ["Experts", "check_call", "output_dtype", "wire_misfit"]
 
 _OUTPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -80,6 +80,25 @@ class Experts(Protocol):
 def output_dtype(spec: Spec) -> torch.dtype:
     """What experts return without ``out``: the combine wire's dtype, bf16 if that is quantized."""
     return _OUTPUTS.get(spec.combine_wire, torch.bfloat16)
+
+
+def wire_misfit(experts: object, spec: Spec) -> str | None:
+    """Why rows of that exchange can't be their input, None where they can.
+
+    ``experts``: a backend, or its class; what doesn't say what it accepts takes anything.
+    """
+    arriving = spec.wire
+    if getattr(experts, "expects_unquantized_inputs", False) and spec.quantized:
+        if not spec.allow_defer:
+            return (
+                f"quantizes by itself, and wire {spec.wire} arrives quantized: open with "
+                "Spec(allow_defer=True) and defer"
+            )
+        arriving = "bf16"
+    accepts: tuple[str, ...] = getattr(experts, "accepts", (arriving,))
+    if arriving not in accepts:
+        return f"takes rows of wire {'/'.join(accepts)}, not {arriving}"
+    return None
 
 
 def check_call(spec: Spec, recv: object, weights: ExpertWeights, out: object) -> Received:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_a2a.errors import BackendUnavailable, GeometryError
+from moe_a2a.experts.base import wire_misfit
 from moe_a2a.experts.weights import ExpertWeights
 from moe_a2a.wording import shown
 
@@ -93,18 +94,8 @@ def _reason(
 ) -> str | None:
     if device.type not in backend.device_types:
         return f"computes with {'/'.join(backend.device_types)} tensors, not {device.type}"
-    if spec is not None:
-        arriving = spec.wire
-        if backend.expects_unquantized_inputs and spec.quantized:
-            if not spec.allow_defer:
-                return (
-                    f"quantizes by itself, and wire {spec.wire} arrives quantized: open with "
-                    "Spec(allow_defer=True) and defer"
-                )
-            arriving = "bf16"
-        if arriving not in backend.accepts:
-            return f"takes rows of wire {'/'.join(backend.accepts)}, not {arriving}"
-    return backend.unusable(spec, device, weights)
+    misfit = None if spec is None else wire_misfit(backend, spec)
+    return misfit or backend.unusable(spec, device, weights)
 
 
 def _check(spec: Spec, device: torch.device, weights: object) -> None:
