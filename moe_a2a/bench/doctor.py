@@ -57,8 +57,9 @@ def print_diagnosis() -> bool:
 
 
 def _print_pairs(pairs: Mapping[str, str]) -> None:
+    width = max([10, *map(len, pairs)]) + 2
     for name, text in pairs.items():
-        print(f"  {name:<12}{text}", flush=True)
+        print(f"  {name:<{width}}{text}", flush=True)
 
 
 def _build() -> None:

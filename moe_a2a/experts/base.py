@@ -101,8 +101,16 @@ def wire_misfit(experts: object, spec: Spec) -> str | None:
     return None
 
 
-def check_call(spec: Spec, recv: object, weights: ExpertWeights, out: object) -> Received:
+def check_call(
+    spec: Spec,
+    recv: object,
+    weights: ExpertWeights,
+    out: object,
+    device: torch.device | None = None,
+) -> Received:
     """Raises what `Experts.__call__` documents.
+
+    ``device``: where the weights are, if ``weights`` has their sizes alone, on meta.
 
     Returns:
         ``recv``.
@@ -112,8 +120,9 @@ def check_call(spec: Spec, recv: object, weights: ExpertWeights, out: object) ->
     if recv.spec != spec:
         raise PayloadError(f"recv is of {recv.spec}: these experts are for {spec}")
     weights.check_fits(spec, recv.ep_rank)
-    if recv.x.device != weights.device:
-        raise PayloadError(f"recv.x is on {recv.x.device}: the weights are on {weights.device}")
+    there = weights.device if device is None else device
+    if recv.x.device != there:
+        raise PayloadError(f"recv.x is on {recv.x.device}: the weights are on {there}")
     if out is None:
         return recv
     shape = (spec.ep_size, recv.x.shape[1], spec.hidden_size)

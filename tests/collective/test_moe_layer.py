@@ -16,6 +16,7 @@ from tests.collective.whole_layers import (
     play_layers,
     shared_rows,
 )
+from tests.conftest import CPU_BACKENDS
 from tests.oracle_formats import WIRES
 
 FP4 = ("nvfp4", "mxfp4")
@@ -32,17 +33,17 @@ def outputs(pool, backend, size, cases):
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_every_wire_against_float64(pool, backend, wire):
+def test_every_wire_against_float64(pool, every_backend, wire):
     cases = [Case(wire, "bf16"), Case(wire, "mxfp4", biased=False, combine_wire="bf16")]
     for size in (2, 3):  # of three ranks one has no tokens
         by_hand = pool.run(play_by_hand, cases, ranks=size)
         for n, (case, found) in enumerate(
-            zip(cases, outputs(pool, backend, size, cases), strict=True)
+            zip(cases, outputs(pool, every_backend, size, cases), strict=True)
         ):
             check_close(case, found)
-            np.testing.assert_array_equal(
-                found["plain"], np.concatenate([part[n] for part in by_hand])
-            )
+            if every_backend in CPU_BACKENDS:
+                one_by_one = np.concatenate([part[n] for part in by_hand])
+                np.testing.assert_array_equal(found["plain"], one_by_one)
 
 
 def check_close(case, found):
@@ -65,10 +66,10 @@ def check_close(case, found):
         assert oracle.distance(found[name], want) < apart, (case, name)
 
 
-def test_the_factor_and_the_shared_experts_count_once(pool, backend):
+def test_the_factor_and_the_shared_experts_count_once(pool, every_backend):
     """To the bit: f32(combined) * factor + shared, rounded once more."""
     cases = [Case(combine_wire=wire) for wire in ("fp32", "bf16")]
-    for case, found in zip(cases, outputs(pool, backend, 2, cases), strict=True):
+    for case, found in zip(cases, outputs(pool, every_backend, 2, cases), strict=True):
         routed, shared = found["plain"], shared_rows()
         scaled = routed * np.float32(FACTOR)
         to_wire = (lambda x: x) if case.combine_wire == "fp32" else oracle.bf16
@@ -82,12 +83,12 @@ def test_the_factor_and_the_shared_experts_count_once(pool, backend):
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_the_number_of_ranks_makes_no_difference(pool, backend, top_k):
+def test_the_number_of_ranks_makes_no_difference(pool, every_backend, top_k):
     pairs = [("bf16", "bf16", "bf16"), ("mxfp8", "mxfp4", "fp32"), ("nvfp4", "nvfp4", "bf16")]
     cases = [Case(wire, form, combine_wire=back, top_k=top_k) for wire, form, back in pairs]
-    alone = outputs(pool, backend, 1, cases)
+    alone = outputs(pool, every_backend, 1, cases)
     for size in (2, 3, 4):
-        several = outputs(pool, backend, size, cases)
+        several = outputs(pool, every_backend, size, cases)
         for case, one, found in zip(cases, alone, several, strict=True):
             if top_k == 1:
                 for name, want in one.items():
@@ -98,23 +99,23 @@ def test_the_number_of_ranks_makes_no_difference(pool, backend, top_k):
             assert (np.abs(found["plain"] - one["plain"]) <= limit).all(), (size, case)
 
 
-def test_ranks_without_experts(pool, backend):
-    (found,) = outputs(pool, backend, 4, [case := Case("mxfp8", "bf16", experts=2)])
+def test_ranks_without_experts(pool, every_backend):
+    (found,) = outputs(pool, every_backend, 4, [case := Case("mxfp8", "bf16", experts=2)])
     check_close(case, found)
 
 
 @pytest.mark.parametrize("wire", QUANTIZED)
-def test_experts_that_quantize_by_themselves_get_unquantized_rows(pool, backend, wire):
+def test_experts_that_quantize_by_themselves_get_unquantized_rows(pool, every_backend, wire):
     case = Case(wire, "bf16", activations=wire, defer=True)
-    for first, later in pool.run(play_deferring, backend, case, ranks=2):
+    for first, later in pool.run(play_deferring, every_backend, case, ranks=2):
         np.testing.assert_array_equal(first, later)
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_what_a_round_leaves_in_padding_rows_is_never_seen(pool, backend, wire):
+def test_what_a_round_leaves_in_padding_rows_is_never_seen(pool, every_backend, wire):
     for naive in (False, True):
         case, scrub = Case(wire), "all" if naive else "ids"
-        for fresh, behind in pool.run(play_behind_nan, backend, case, naive, scrub, ranks=2):
+        for fresh, behind in pool.run(play_behind_nan, every_backend, case, naive, scrub, ranks=2):
             assert np.isfinite(behind).all()
             np.testing.assert_array_equal(fresh, behind)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_a2a import AllToAll, MoELayer, Spec
+from moe_a2a import AllToAll, MoELayer
 from moe_a2a.experts import shared_encode_scale
 from moe_a2a.experts.emulated import Emulated
 from moe_a2a.formats import quantize
@@ -27,6 +27,7 @@ from tests.collective.layers import (
     tokens,
     weights,
 )
+from tests.collective.places import place_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,10 +55,10 @@ class Naive:
     """Experts that skip nothing: every row times the weight 0 where it has no business, and one
     activation scale for all rows, so that a single NaN is everywhere."""
 
-    def __init__(self, spec: Spec, first: int, count: int) -> None:
-        drawn = torch.Generator().manual_seed(first)
-        self.mine = torch.arange(first, first + count)
-        self.w = torch.randn(count, spec.hidden_size, generator=drawn)
+    def __init__(self, mine: range, place: torch.device) -> None:
+        drawn = torch.Generator().manual_seed(mine.start)
+        self.mine = torch.arange(mine.start, mine.stop).to(place)
+        self.w = torch.randn(len(mine), HIDDEN, generator=drawn).to(place)
 
     def __call__(self, recv: Received, *, out: torch.Tensor) -> torch.Tensor:
         rows = recv.dequantize()
@@ -71,19 +72,21 @@ def shared_rows() -> np.ndarray:
     return floats(numbers(4), TOKENS, HIDDEN, scale=0.05)
 
 
-def more_of(case: Case) -> dict[str, torch.Tensor]:
+def more_of(case: Case, place: torch.device) -> dict[str, torch.Tensor]:
     """Keywords of dispatch."""
     if case.wire != "nvfp4":
         return {}
-    return {"global_scale": shared_encode_scale(torch.full((EXPERTS,), DECODE[0]))}
+    return {"global_scale": shared_encode_scale(torch.full((EXPERTS,), DECODE[0])).to(place)}
 
 
-def inputs_of(ranks: RankContext, case: Case) -> tuple[list[torch.Tensor], slice]:
+def inputs_of(
+    ranks: RankContext, case: Case, place: torch.device
+) -> tuple[list[torch.Tensor], slice]:
     """x, router weights, ids of the rank, and which of all tokens they are."""
     split = SPLITS[ranks.size]
     first = sum(split[: ranks.rank])
     mine = slice(first, first + split[ranks.rank])
-    x, ids, router = (torch.from_numpy(array[mine]) for array in tokens(case))
+    x, ids, router = (torch.from_numpy(array[mine]).to(place) for array in tokens(case))
     return [x.half() if case.wire == "fp16" else x.bfloat16(), router, ids], mine
 
 
@@ -91,13 +94,13 @@ def play_layer(
     ranks: RankContext, backend: str, case: Case, kind: type[Emulated] = Emulated
 ) -> dict[str, np.ndarray]:
     """By what was asked for: this rank's outputs [T of the rank, H] as float32."""
-    spec = case.spec(ranks.size)
-    inputs, mine = inputs_of(ranks, case)
-    held = weights(case, spec.experts_of(ranks.rank))
-    experts = kind(spec, "cpu", held, activations=case.activations)
-    shared = torch.from_numpy(shared_rows()[mine])
-    more = more_of(case)
-    with MoELayer(spec, ranks.group, experts, backend=backend, timeout=40) as layer:
+    spec, place = case.spec(ranks.size), place_of(ranks, backend)
+    inputs, mine = inputs_of(ranks, case, place)
+    held = weights(case, spec.experts_of(ranks.rank)).to(place)
+    experts = kind(spec, place, held, activations=case.activations)
+    shared = torch.from_numpy(shared_rows()[mine]).to(place)
+    more, where = more_of(case, place), {"backend": backend, "device": place}
+    with MoELayer(spec, ranks.group, experts, timeout=40, **where) as layer:
         found = {"plain": layer(*inputs, **more)}
         found["scaled"] = layer(*inputs, routed_scaling_factor=FACTOR, **more)
         found["shared"] = layer(*inputs, shared=shared, **more)
@@ -107,7 +110,7 @@ def play_layer(
         found["both"] = out
         most = max(SPLITS[ranks.size])
         found["narrow"] = layer(*inputs, runtime_max_tokens=most, **more)
-    return {name: value.float().numpy() for name, value in found.items()}
+    return {name: value.float().cpu().numpy() for name, value in found.items()}
 
 
 def play_layers(ranks: RankContext, backend: str, cases: list[Case]) -> list[dict[str, np.ndarray]]:
@@ -132,23 +135,22 @@ def play_behind_nan(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A rank function: a small round in fresh memory, and behind one that was full of NaN."""
     spec = replace(case.spec(ranks.size), scrub=scrub)
-    own = spec.experts_of(ranks.rank)
-    experts = (
-        Naive(spec, own.start, len(own)) if naive else Emulated(spec, "cpu", weights(case, own))
-    )
-    x, ids, router = (torch.from_numpy(array) for array in tokens(case))
+    own, place = spec.experts_of(ranks.rank), place_of(ranks, backend)
+    held = weights(case, own).to(place)
+    experts = Naive(own, place) if naive else Emulated(spec, place, held)
+    x, ids, router = (torch.from_numpy(array).to(place) for array in tokens(case))
     x = x.half() if case.wire == "fp16" else x.bfloat16()
     some = slice(ranks.rank, ranks.rank + FEW)
-    few = x[some], router[some], ids[some]
+    few, more = (x[some], router[some], ids[some]), more_of(case, place)
     found = []
     for before in (False, True):
-        with AllToAll(spec, ranks.group, backend=backend, timeout=40) as a2a:
+        with AllToAll(spec, ranks.group, backend=backend, device=place, timeout=40) as a2a:
             layer = MoELayer(a2a, experts=experts)
             if before:
-                rows, more = all_ones(x, case.wire)
-                everywhere = torch.randint(0, case.experts, ids.shape)
-                assert layer(rows, router, everywhere, **more).isnan().any()
-            found.append(layer(*few, **more_of(case)).float().numpy())
+                rows, scales = all_ones(x, case.wire)
+                everywhere = torch.randint(0, case.experts, ids.shape).to(place)
+                assert layer(rows, router, everywhere, **scales).isnan().any()
+            found.append(layer(*few, **more).float().cpu().numpy())
     return found[0], found[1]
 
 

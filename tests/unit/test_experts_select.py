@@ -39,7 +39,8 @@ class Old(Emulated):
 @pytest.fixture
 def table(monkeypatch):
     added = {found.name: f"{__name__}:{found.__name__}" for found in (OnGpus, Plain, Defers, Old)}
-    monkeypatch.setattr(selection, "EXPERTS", added | selection.EXPERTS)
+    last = {"emulated": selection.EXPERTS["emulated"]}
+    monkeypatch.setattr(selection, "EXPERTS", added | last)
 
 
 def test_emulated_takes_every_wire():
@@ -94,6 +95,12 @@ def test_a_backend_wanted_that_can_not(table):
     with pytest.raises(BackendUnavailable, match=r"no such expert backend.*emulated") as error:
         experts.select(SPEC, "cpu", WEIGHTS, backend="marlin")
     assert list(error.value.reasons) == ["marlin"]
+
+
+def test_the_reference_is_the_last_resort():
+    assert list(experts.EXPERTS)[-1] == "emulated"
+    for name in experts.EXPERTS:
+        assert experts.load(name).name == name
 
 
 def test_nothing_usable(monkeypatch):
