@@ -8,8 +8,10 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from moe_a2a.bench.cases import PRESETS, Geometry, UsageError
+from moe_a2a.bench.layer import SMALL
 from moe_a2a.bench.routing import DISTRIBUTIONS
 from moe_a2a.errors import GeometryError, MoeA2AError
+from moe_a2a.experts import EXPERTS, WEIGHT_FORMATS
 from moe_a2a.formats import FORMATS
 from moe_a2a.spec import COMBINE_WIRES
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_PRESET = "deepseek-v3"
 _INTERRUPTED, _USAGE, _FAILED = 130, 2, 1
 
 
@@ -102,7 +105,8 @@ def _merge_traces(out: str, files: Sequence[str]) -> int:
 
 def _geometry(arguments: argparse.Namespace) -> Geometry:
     """The preset with what was given besides; another name where it is no longer the model's."""
-    chosen = PRESETS[arguments.preset]
+    small = arguments.command == "bench" and arguments.layer and arguments.preset is None
+    chosen = SMALL if small else PRESETS[arguments.preset or _PRESET]
     given = {
         "hidden_size": arguments.hidden,
         "num_experts": arguments.experts,
@@ -129,9 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_geometry(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(PRESETS)
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="deepseek-v3", metavar="NAME", help=names
-    )
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"{names} ({_PRESET})")
     parser.add_argument("--hidden", type=_positive, metavar="H", help="overrides the preset's")
     parser.add_argument("--experts", type=_positive, metavar="E", help="over all ranks")
     parser.add_argument("--top-k", type=_positive, metavar="K", help="choices per token")
@@ -167,6 +169,20 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--no-plot", action="store_true", help="write no PNG")
     add("--host-overhead", action="store_true",
         help="only: host time of a one-rank round of one token, in clone()s")  # fmt: skip
+    add(
+        "--layer",
+        action="store_true",
+        help="whole layers with experts, each phase by itself; a small geometry without --preset",
+    )
+    add("--intermediate", type=_positive, metavar="I", help="with --layer: of the experts")
+    add(
+        "--weights",
+        default="mxfp4",
+        metavar="FORMAT",
+        help=f"with --layer: {', '.join(WEIGHT_FORMATS)} (mxfp4)",
+    )
+    add("--expert-backend", type=_names, metavar="NAME,NAME",
+        help=f"with --layer: of {', '.join(EXPERTS)}; default: every usable one")  # fmt: skip
     add("--replot", metavar="FILE.json", help="only: draw the figure of an earlier run again")
 
 

@@ -12,6 +12,8 @@ from moe_a2a import backends
 from moe_a2a.bench.cases import Effort, Sweep, UsageError, fitting_wires
 from moe_a2a.bench.connect import gpu_count
 from moe_a2a.bench.launch import join_torchrun, start_ranks, torchrun_place
+from moe_a2a.bench.layer import layer_sweep
+from moe_a2a.bench.layer_report import layer_document, layer_panels, print_layers
 from moe_a2a.bench.points import run_points
 from moe_a2a.bench.progress import Display
 from moe_a2a.bench.report import as_document, print_results, write_json
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 
     from moe_a2a.bench.cases import Geometry
     from moe_a2a.bench.events import Tell
+    from moe_a2a.bench.layer import LayerSweep
 
 __all__ = ["bench", "replot", "run_sweeps"]
 
 _USUAL_TOKENS, _QUICK_TOKENS = (1, 8, 32, 128, 512), (1, 16)
 _GPU_TOKENS, _GPU_REPLAYS = (1, 8, 32, 64, 128, 512, 1024, 4096), 50
+_LAYER_TOKENS: tuple[int, ...] = (8, 32, 128)
 _USUAL_RANKS = 2
 
 
@@ -54,14 +58,22 @@ def bench(arguments: argparse.Namespace, geometry: Geometry, argv: Sequence[str]
                 print(f"skipped: {reason}", file=sys.stderr)
         _writable(arguments.out)
         sweep.spec(sweep.wires[0]).workspace()  # compiles once, before ranks wait for each other
-        run_sweeps((sweep,), display.show)
+        layers = layer_sweep(sweep, arguments) if arguments.layer else None
+        if layers is None:
+            run_sweeps((sweep,), display.show)
+        else:
+            _run_layers(layers, display.show)
     if display.results is None:
         return
     from moe_a2a.bench.machine import circumstances
 
-    facts = {**circumstances(argv), **(display.results.facts or {})}
-    document = as_document(sweep, display.results.cases, facts, skipped)
-    print_results(document)
+    cases, facts = display.results.cases, {**circumstances(argv), **(display.results.facts or {})}
+    if layers is None:
+        document = as_document(sweep, cases, facts, skipped)
+        print_results(document)
+    else:
+        document = layer_document(layers, cases, facts, skipped)
+        print_layers(document)
     path = write_json(document, Path(arguments.out))
     print(path)
     if not arguments.no_plot:
@@ -84,6 +96,13 @@ def run_sweeps(sweeps: tuple[Sweep, ...], show: Tell, seconds: float | None = No
         return
     for sweep in sweeps:
         start(run_points, sweep, show)
+
+
+def _run_layers(sweep: LayerSweep, show: Tell) -> None:
+    from moe_a2a.bench.layer_points import run_layers
+
+    start = start_ranks if torchrun_place() is None else join_torchrun
+    start(run_layers, sweep, show)
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -120,10 +139,13 @@ def replot(file: str) -> None:
 
 
 def _plot(document: dict[str, Any], path: Path) -> None:
-    from moe_a2a.bench.plot import write_plot
+    from moe_a2a.bench.plot import draw, write_plot
 
     try:
-        write_plot(document, path)
+        if document.get("bench") == "layer":
+            draw(*layer_panels(document), "us", path)
+        else:
+            write_plot(document, path)
     except ImportError:
         print("no figure without matplotlib: pip install 'moe-a2a[bench]'", file=sys.stderr)
     else:
@@ -181,7 +203,8 @@ def _sweep(
 
 
 def _tokens(arguments: argparse.Namespace, device: str) -> tuple[int, ...]:
-    usual = _GPU_TOKENS if device == "cuda" else _USUAL_TOKENS
+    on_cpu = _LAYER_TOKENS if arguments.layer else _USUAL_TOKENS
+    usual = _GPU_TOKENS if device == "cuda" else on_cpu
     return tuple(arguments.tokens or (_QUICK_TOKENS if arguments.quick else usual))
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from moe_a2a.bench.events import Tell
     from moe_a2a.spec import Spec
 
-__all__ = ["DEVICE_RIVALS", "Programme", "run_programme"]
+__all__ = ["DEVICE_RIVALS", "Programme", "attempt", "device_round", "run_programme"]
 
 DEVICE_RIVALS: tuple[type[DeviceRival], ...] = (
     FlashInfer,
@@ -165,7 +165,7 @@ class _Run:
                 for a2a in opened:
                     self._backend(sweep, a2a, oracle, own, tokens)
                 if rivals:
-                    round = _round(oracle, inputs[self._rank], own, self._rank, tokens)
+                    round = device_round(oracle, inputs[self._rank], own, self._rank, tokens)
                     rivals = [kind for kind in rivals if self._rival(sweep, kind, oracle, round)]
                 self._bound(sweep, oracle, tokens)
         gc.collect()  # the graphs, and the memory that they keep
@@ -259,18 +259,10 @@ class _Run:
 
     def _attempt(self, what: str, call: Callable[[], ResultT]) -> ResultT | None:
         """What ``call`` returns; None where it failed on any rank, and that is told."""
-        result, problem = None, None
-        try:
-            result = call()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = [problem] * self._size
-        dist.all_gather_object(problems, problem)
-        said = next((text for text in problems if text is not None), None)
-        if said is None:
-            return result
-        self._note(f"{what}: {said}")
-        return None
+        result, said = attempt(call)
+        if said is not None:
+            self._note(f"{what}: {said}")
+        return result
 
     def _bound(self, sweep: Sweep, oracle: Oracle, tokens: int) -> None:
         if self._limits is None:
@@ -303,6 +295,19 @@ class _Run:
         self._cases.append({"sweep": sweep.label, **shape, **more, **case})
 
 
+def attempt(call: Callable[[], ResultT]) -> tuple[ResultT | None, str | None]:
+    """What ``call`` returns, or None and what the first rank that failed has to say. Collective."""
+    result, problem = None, None
+    try:
+        result = call()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems = [problem] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    said = next((text for text in problems if text is not None), None)
+    return (result, None) if said is None else (None, said)
+
+
 _NO_TIME = Quantiles(0.0, 0.0, 0.0)
 _NOTHING = DeviceTimings(_NO_TIME, _NO_TIME, _NO_TIME, _NO_TIME, _NO_TIME, 0, False)
 
@@ -312,7 +317,9 @@ def _again(rival: DeviceRival, oracle: Oracle) -> bool:
     return True
 
 
-def _round(oracle: Oracle, inputs: Inputs, own: Inputs, rank: int, tokens: int) -> DeviceRound:
+def device_round(
+    oracle: Oracle, inputs: Inputs, own: Inputs, rank: int, tokens: int
+) -> DeviceRound:
     """``inputs`` on the CPU and ``own`` on the GPU are the same."""
     spec, device = oracle.spec, own.x.device
     payload, scales = quantize(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["write_plot"]
+__all__ = ["Line", "draw", "write_plot"]
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in grey by the markers.
 _COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D00")
@@ -34,20 +34,28 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: without matplotlib.
     """
+    draw(heading(document), _panels(document["cases"]), "dispatch + combine, us", path)
+
+
+def draw(title: str, panels: Sequence[tuple[str, list[Line]]], measured: str, path: Path) -> None:
+    """Writes the PNG of panels, each (title, lines): what is ``measured`` against tokens.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    panels = _panels(document["cases"])
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = Figure(figsize=(1.6 + 6.2 * len(panels), 5.0), layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, (title, lines) in zip(axes, panels, strict=True):
-        _frame(panel, title, _all_tokens(lines))
+    for panel, (name, lines) in zip(axes, panels, strict=True):
+        _frame(panel, name, _all_tokens(lines))
         _draw(panel, lines)
-    axes[0].set_ylabel("dispatch + combine, us", color=_GREY)
-    figure.suptitle(heading(document), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes[0].set_ylabel(measured, color=_GREY)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

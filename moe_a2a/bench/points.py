@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from moe_a2a.bench.events import Tell
 
-__all__ = ["check_backend", "run_points"]
+__all__ = ["check_backend", "pinned", "run_points"]
 
 
 def run_points(sweep: Sweep, tell: Tell) -> None:
@@ -69,7 +69,7 @@ def check_backend(a2a: AllToAll, oracle: Oracle, inputs: Inputs, rows: int) -> t
 
 
 @contextmanager
-def _pinned(rank: int) -> Iterator[None]:
+def pinned(rank: int) -> Iterator[None]:
     """Keeps the calling thread to a core of its own; gloo's threads stay free."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {sorted(before)[rank % len(before)]})
@@ -106,7 +106,7 @@ class _Points:
                 ]
                 if self._sweep.pinned:
                     # After opening: a backend may look at how many cores there are.
-                    stack.enter_context(_pinned(self._rank))
+                    stack.enter_context(pinned(self._rank))
                 for tokens in self._sweep.tokens:
                     self._point(wire, tokens, opened)
         self._tell(Results(self._cases))

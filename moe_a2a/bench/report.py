@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from moe_a2a.bench.graphs import DeviceTimings
     from moe_a2a.bench.timing import Timings
 
-__all__ = ["as_document", "case_of", "heading", "print_results", "ratios", "write_json"]
+__all__ = [
+    "as_document", "case_of", "heading", "microseconds", "print_results", "ratios", "write_json",
+]  # fmt: skip
 
 Case = dict[str, Any]
 _HEADER = (
@@ -57,10 +59,11 @@ def as_document(
 
 
 def write_json(document: Mapping[str, Any], directory: Path) -> Path:
-    """Writes ``bench-GEOMETRY-epW-TIME.json``; returns its path."""
+    """Writes ``bench-GEOMETRY-epW-TIME.json`` (``layer-...``); returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     moment = "".join(c for c in document["utc"][:19] if c.isalnum())
-    name = f"bench-{document['geometry']['name']}-ep{document['ep_size']}-{moment}.json"
+    what = document.get("bench", "bench")
+    name = f"{what}-{document['geometry']['name']}-ep{document['ep_size']}-{moment}.json"
     path = directory / name
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
@@ -154,14 +157,15 @@ def _host(case: Case) -> str:
     return f"{host['dispatch']:.1f} + {host['combine']:.1f}{eager}"
 
 
-def _us(value: float) -> str:
+def microseconds(value: float) -> str:
+    """As tables show them."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
 def _row(case: Case, cases: Sequence[Case]) -> list[str]:
     pair = case["pair_us"]
     dispatch, combine = case["dispatch_us"]["median"], case["combine_us"]["median"]
-    times = [_us(value) for value in (dispatch, combine, *pair.values())]
+    times = [microseconds(value) for value in (dispatch, combine, *pair.values())]
     rates = [_rate(case["dispatch_bytes"], dispatch), _rate(case["pair_bytes"], pair["median"])]
     over = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios(case, cases)]
     place = [case["name"], case["wire"], str(case["tokens"])]

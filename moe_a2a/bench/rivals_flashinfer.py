@@ -1,8 +1,8 @@
 """FlashInfer's MoE all-to-all (one-sided, over memory that peers map), as its users call it.
 
 Payloads come quantized where the wire is (its quantizers do nothing on Hopper), padding keeps stale
-ids (the kernel that clears them is left out), and bf16 output is written into its workspace, so
-that combine stages nothing: each the quickest that it offers.
+ids (the kernel that clears them is left out where nobody computes), and bf16 output is written into
+its workspace, so that combine stages nothing: each the quickest that it offers.
 
 Shape letters: T tokens of this rank, K top_k, H hidden_size, W ep_size, R runtime_max_tokens.
 """
@@ -66,8 +66,15 @@ class FlashInfer:
             return f"FlashInfer has no combine in {spec.combine_wire}"
         return _package().missing
 
-    def __init__(self, round: DeviceRound) -> None:
+    def __init__(self, round: DeviceRound, *, cleared: bool = False) -> None:
+        """``cleared``: padding arrives with the Spec's invalid id, for experts that look."""
         spec, package = round.spec, _package()
+        self._clearing: dict[str, int] = {}
+        if cleared:
+            self._clearing = {
+                "invalid_token_expert_id": spec.invalid_expert_id,
+                "expert_id_payload_index": 1,
+            }
         self._round, self._rows = round, round.rows
         self._low_precision = spec.combine_wire in _FP8_COMBINE
         config = None
@@ -98,7 +105,9 @@ class FlashInfer:
         dist.barrier()  # nobody's flags are cleared any more when the first dispatch comes
 
     def dispatch(self) -> Tensor:
-        self._received = self._exchange.dispatch(self._round.topk_ids, self._parts, self._rows)
+        self._received = self._exchange.dispatch(
+            self._round.topk_ids, self._parts, self._rows, **self._clearing
+        )
         return self._as(self._received[0], self._round.payload)
 
     def scales(self) -> Tensor | None:
@@ -118,16 +127,30 @@ class FlashInfer:
             ]
         )
 
+    def choices(self) -> tuple[Tensor, Tensor]:
+        """int32 ids and float32 router weights of the rows that arrived, [n, K] each."""
+        ids, weights = self._received[1:3]
+        return ids.flatten(0, 1), weights.flatten(0, 1)
+
+    def combine_target(self) -> Tensor | None:
+        """bf16 [W, R, H] that `combine` reads without a copy; None with a quantized combine."""
+        if self._low_precision:
+            return None
+        target: Tensor = self._exchange.get_combine_payload_tensor_in_workspace(
+            self._rows, self._round.spec.hidden_size, torch.bfloat16
+        )
+        return target
+
     def stage(self, y: Tensor) -> None:
         spec = self._round.spec
         y = y.view(spec.ep_size, self._rows, spec.hidden_size)
-        if self._low_precision:  # in place it could not be repeated: the cast eats what it reads
+        target = self.combine_target()
+        if target is None:  # in place it could not be repeated: the cast eats what it reads
             self._y = y
             return
-        self._y = self._exchange.get_combine_payload_tensor_in_workspace(
-            self._rows, spec.hidden_size, torch.bfloat16
-        )
-        self._y.copy_(y)
+        self._y = target
+        if y.data_ptr() != target.data_ptr():
+            target.copy_(y)
 
     def combine(self) -> None:
         self._exchange.combine(

@@ -8,18 +8,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_a2a import AllToAll, MoELayer
 from moe_a2a.bench import rivals_flashinfer
 from moe_a2a.bench.cases import Effort, Geometry, Sweep
 from moe_a2a.bench.check import CheckFailed, Oracle
 from moe_a2a.bench.command import _device
 from moe_a2a.bench.device_check import check_rival, order_of
-from moe_a2a.bench.device_points import _round
+from moe_a2a.bench.device_points import device_round
 from moe_a2a.bench.goals import GOALS, compared, goal_rows, goal_sweeps, shape_sweeps
 from moe_a2a.bench.graphs import DeviceTimings
-from moe_a2a.bench.inputs import InputSource
+from moe_a2a.bench.inputs import InputSource, global_scale_of
+from moe_a2a.bench.layer import LayerSweep
+from moe_a2a.bench.layer_check import drawn_weights, normalized
+from moe_a2a.bench.layer_rivals import FlashInferLayer
 from moe_a2a.bench.link import LinkLimits
 from moe_a2a.bench.report import print_results
 from moe_a2a.bench.timing import Quantiles, slowest
+from moe_a2a.experts.emulated import Emulated
 
 SMALL = Geometry("small", 256, 8, 2)
 EFFORT = Effort(50, 0.0, 5)
@@ -71,7 +76,7 @@ class StandIn:
     def __init__(self, mapping, *, max_num_tokens, top_k, num_experts, hidden_size, mnnvl_config):
         self.phase = "idle"
 
-    def dispatch(self, ids, payloads, rows):
+    def dispatch(self, ids, payloads, rows, **clearing):
         assert self.phase == "idle"
         self.phase = "dispatched"
         self.order = torch.randperm(ids.shape[0])
@@ -80,6 +85,9 @@ class StandIn:
             there = torch.zeros(1, rows, payload.shape[1], dtype=payload.dtype)
             there[0, : len(self.order)] = payload[self.order]
             received.append(there)
+        if clearing:
+            there = received[clearing["expert_id_payload_index"]]
+            there[0, len(self.order) :] = clearing["invalid_token_expert_id"]
         return received
 
     def get_combine_payload_tensor_in_workspace(self, rows, hidden, dtype):
@@ -114,7 +122,7 @@ def oracle_and_round(wire: str, combine_wire: str):
     sweep = Sweep(SMALL, 1, (9,), (wire,), combine_wire, (), "uniform", 5, True, EFFORT)
     inputs = InputSource(sweep).of(0, 9, wire)
     oracle = Oracle(sweep.spec(wire), 0, [inputs], "planted")
-    return oracle, _round(oracle, inputs, inputs, 0, 9)
+    return oracle, device_round(oracle, inputs, inputs, 0, 9)
 
 
 @pytest.mark.parametrize("wire", ["bf16", "mxfp8", "nvfp4"])
@@ -129,6 +137,39 @@ def test_flashinfer_is_checked_though_its_rows_have_no_order(wire, combine_wire)
     round.payload.view(torch.uint8)[4, 3] ^= 1
     with pytest.raises(CheckFailed, match="missing or wrong"):
         check_rival(rival, oracle)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("combine_wire", ["bf16", "mxfp8"])
+@pytest.mark.usefixtures("stand_in")
+def test_experts_behind_flashinfers_exchange(wire, combine_wire):
+    sweep = Sweep(SMALL, 1, (9,), (wire,), combine_wire, (), "uniform", 5, True, EFFORT)
+    inputs = normalized(InputSource(sweep).of(0, 6, wire))  # of nine rows three are padding
+    spec = sweep.spec(wire)
+    weights = drawn_weights(LayerSweep(sweep, 64, "mxfp8", None), 0, torch.device("cpu"))
+    round = device_round(Oracle(spec, 0, [inputs], "planted"), inputs, inputs, 0, 9)
+    seen, outs = [], []
+    backend = Emulated(spec, "cpu", weights)
+
+    def experts(recv, *, out):
+        seen.append(recv.topk_ids.clone())
+        outs.append(out)
+        return backend(recv, out=out)
+
+    scale = global_scale_of(wire)
+    rival = rivals_flashinfer.FlashInfer(round, cleared=True)
+    layer = FlashInferLayer(rival, round, experts, scale)
+    with AllToAll(spec, backend="shm") as a2a:
+        x, ids, router = inputs
+        ours = MoELayer(a2a, experts=backend)(x, router, ids, global_scale=scale)
+    for _ in range(2):
+        layer.prepare()
+        layer.experts()
+        layer.finalize()
+        if combine_wire == "bf16":  # the stand-in sends everything back as it is
+            assert torch.equal(layer.output(), ours)
+    assert (seen[0][0, 6:] == -1).all()
+    assert (outs[0] is None) == (combine_wire == "mxfp8")
 
 
 @pytest.mark.usefixtures("stand_in")
