@@ -117,4 +117,4 @@ def test_what_is_wrong_is_not_timed(weights):
             error, labels = found[what]
             assert "from the layer in float64" in error
             assert len(labels) == points
-            assert error.startswith(labels[-1])
+            assert error.startswith(f"{labels[-1]}, rank ")

@@ -27,6 +27,6 @@ def test_block_runs(block: str) -> None:
 def test_documents_name_files_that_exist() -> None:
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for path in re.findall(
-            r"`((?:benchmarks|csrc|docs|moe_a2a|tests)/[\w./-]+)`", document.read_text()
+            r"`((?:benchmarks|csrc|docs|examples|moe_a2a|tests)/[\w./-]+)`", document.read_text()
         ):
             assert (ROOT / path).exists(), f"{document.name} names {path}"

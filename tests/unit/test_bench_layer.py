@@ -45,6 +45,7 @@ def test_the_number_of_ranks_changes_no_expert(form):
             part = whole.dequantize(slice(mine.start, mine.stop))
             assert torch.equal(one.dequantize(), part)
     assert (own.w13_input_scale is not None) == (form == "nvfp4")
+    assert not torch.equal(*alone.w13.dequantize(slice(0, 2))), "experts differ"
 
 
 def test_a_rank_without_experts():
@@ -87,6 +88,11 @@ def test_an_output_that_is_wrong_is_found(form):
     for wrong in (swapped, nan, scaled, near * 0, near[1:]):
         with pytest.raises(CheckFailed, match=r"^here: "):
             check_layer(wrong, wanted, ("mxfp8", form), "here")
+    many, one = wanted.repeat(40, 1), near.repeat(40, 1)
+    check_layer(one, many, (form,), "here")
+    one[639] = one[0]
+    with pytest.raises(CheckFailed, match="row 639 is"):
+        check_layer(one, many, (form,), "here")
     check_layer(near[:0], wanted[:0], (form,), "no tokens")
     check_layer(near * 0, wanted * 0, (form,), "routed nowhere")
 
