@@ -32,7 +32,7 @@ __all__ = ["bench", "replot", "run_sweeps"]
 
 _USUAL_TOKENS, _QUICK_TOKENS = (1, 8, 32, 128, 512), (1, 16)
 _GPU_TOKENS, _GPU_REPLAYS = (1, 8, 32, 64, 128, 512, 1024, 4096), 50
-_LAYER_TOKENS: tuple[int, ...] = (8, 32, 128)
+_LAYER_TOKENS: dict[str, tuple[int, ...]] = {"cpu": (8, 32, 128), "cuda": (1, 32, 512, 4096)}
 _USUAL_RANKS = 2
 
 
@@ -203,8 +203,8 @@ def _sweep(
 
 
 def _tokens(arguments: argparse.Namespace, device: str) -> tuple[int, ...]:
-    on_cpu = _LAYER_TOKENS if arguments.layer else _USUAL_TOKENS
-    usual = _GPU_TOKENS if device == "cuda" else on_cpu
+    usual: tuple[int, ...] = _GPU_TOKENS if device == "cuda" else _USUAL_TOKENS
+    usual = _LAYER_TOKENS[device] if arguments.layer else usual
     return tuple(arguments.tokens or (_QUICK_TOKENS if arguments.quick else usual))
 
 

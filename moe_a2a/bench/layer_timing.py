@@ -23,6 +23,7 @@ __all__ = ["PHASES", "LayerTimings", "measure_layer"]
 
 PHASES = ("prepare", "experts", "finalize")
 _MOST = 20_000  # rounds
+_LEAST, _LONGEST = 5, 10e9  # rounds, and nanoseconds that more than those may take
 _BATCH = 8  # rounds on a GPU between two looks at the start line, the first one not counted
 
 
@@ -59,7 +60,8 @@ def measure_layer(
     usual = torch.tensor(sorted(map(sum, warm))[len(warm) // 2])
     dist.all_reduce(usual, op=dist.ReduceOp.MAX)
     wanted = max(effort.iterations, int(effort.seconds * 1e9 / max(int(usual), 1)))
-    rounds = loop(phases, min(wanted, _MOST), line)
+    affordable = max(_LEAST, int(_LONGEST / max(int(usual), 1)))
+    rounds = loop(phases, min(wanted, affordable, _MOST), line)
     prepare, experts, finalize = (Quantiles.of(part) for part in zip(*rounds, strict=True))
     whole = Quantiles.of([sum(times) for times in rounds])
     own = LayerTimings(prepare, experts, finalize, whole, len(rounds))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_a2a import AllToAll, PrepareFinalize, Spec
+from moe_a2a import AllToAll, MoELayer, PrepareFinalize, Spec
 from moe_a2a.errors import CapacityError, PayloadError, PeerTimeout, StateError
 
 H, K, E, CAPACITY = 128, 2, 8, 6
@@ -144,6 +144,23 @@ def test_prepare_and_finalize(compiler):
             moe(x, ids, weights, wants, wants)
             assert compiled(moe, compiler)(x, ids, weights, gots, gots) is not None
             same([gots], [wants])
+
+
+@SLOW
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
+def test_a_layer(compiler):
+    def written(recv, *, out):
+        return out.copy_(experts(recv))
+
+    with AllToAll(spec(1, wire="mxfp8")) as a2a:
+        layer = MoELayer(a2a, experts=written)
+
+        def two(x, ids, weights):
+            x = layer(x, weights, ids, shared=x, routed_scaling_factor=2.0)
+            return layer(x, weights, ids, runtime_max_tokens=4)
+
+        given = inputs(4)
+        same([compiled(two, compiler)(*given)], [two(*given)])
 
 
 @pytest.mark.parametrize("compiler", COMPILERS[1:])

@@ -7,14 +7,14 @@ from argparse import Namespace
 import pytest
 import torch
 
-from moe_a2a.bench import layer_check
+from moe_a2a.bench import layer_check, layer_timing
 from moe_a2a.bench.cases import PRESETS, Effort, Geometry, Sweep, UsageError
 from moe_a2a.bench.check import CheckFailed
 from moe_a2a.bench.inputs import Inputs
 from moe_a2a.bench.layer import SMALL, LayerSweep, layer_sweep
 from moe_a2a.bench.layer_check import check_layer, drawn_weights, normalized
 from moe_a2a.bench.layer_report import layer_case, layer_document, layer_panels, print_layers
-from moe_a2a.bench.layer_timing import LayerTimings
+from moe_a2a.bench.layer_timing import LayerTimings, measure_layer
 from moe_a2a.bench.timing import Quantiles
 from moe_a2a.experts import WEIGHT_FORMATS
 
@@ -128,6 +128,35 @@ def test_phases_are_of_the_rank_that_the_others_wait_for():
     assert case["layer_us"]["median"] == 105.0
     assert case["shares"] == {"prepare": 0.1, "experts": 0.7, "finalize": 0.2}
     assert [rank["finalize_us"]["median"] for rank in case["per_rank"]] == [20.0, 75.0]
+
+
+def test_a_point_ends(monkeypatch):
+    """Phases that take long are timed less often; each of them is the time between two calls."""
+    now, dones = [0], []
+    monkeypatch.setattr(layer_timing.time, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(layer_timing.dist, "all_reduce", lambda *given, **more: None)
+    monkeypatch.setattr(layer_timing.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(layer_timing.dist, "all_gather_object", lambda *given: None)
+
+    def phase(microseconds):
+        def call():
+            now[0] += microseconds * 1000
+            dones.append(microseconds)
+
+        return call
+
+    for scale, iterations in ((1, 40), (100_000, 16), (10_000_000, 5)):
+        phases = [phase(scale * part) for part in (1, 4, 1)]
+        (found,) = measure_layer(phases, Effort(40, 0.0, 2), None)
+        assert found.iterations == iterations
+        assert found.shares() == pytest.approx(
+            {"prepare": 1 / 6, "experts": 2 / 3, "finalize": 1 / 6}
+        )
+        assert found.layer.median == 6.0 * scale
+        assert len(dones) == 3 * (2 + iterations)
+        dones.clear()
+    (found,) = measure_layer([phase(1)] * 3, Effort(4, 3e-4, 2), None)
+    assert found.iterations == 100, "0.3 ms of rounds of 3 us"
 
 
 def test_table_and_figure(capsys):
