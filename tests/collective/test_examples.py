@@ -25,7 +25,14 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["--weights", "nvfp4", "--wire", "mxfp8"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        pytest.param(["--weights", "nvfp4"], marks=pytest.mark.slow),
+        pytest.param(["--weights", "nvfp4", "--wire", "mxfp8"], marks=pytest.mark.slow),
+    ],
+)
 def test_runtime_on_ranks_of_its_own(arguments):
     done = run(RUNTIME, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,6 +42,7 @@ def test_runtime_on_ranks_of_its_own(arguments):
     assert last.startswith("equal within 0.02")
 
 
+@pytest.mark.slow
 def test_runtime_under_torchrun_reads_the_file_that_is_there(tmp_path):
     file = tmp_path / "weights.pt"
     done = run(*TORCHRUN, RUNTIME, "--weights", "nvfp4", "--file", file)
