@@ -159,6 +159,39 @@ def test_a_point_ends(monkeypatch):
     assert found.iterations == 100, "0.3 ms of rounds of 3 us"
 
 
+def test_on_gpus_the_first_round_behind_a_start_is_not_counted(monkeypatch):
+    """Events of a clock that only the calls move."""
+    now, lines = [0.0], []
+
+    class Event:
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at  # milliseconds
+
+    def phase(milliseconds):
+        def call():
+            now[0] += milliseconds
+
+        return call
+
+    def line():
+        lines.append(now[0])
+        now[0] += 100
+
+    monkeypatch.setattr(layer_timing, "_event", Event)
+    monkeypatch.setattr(layer_timing.torch.cuda, "synchronize", lambda: None)
+    slow = iter([9.0] + [1.0] * 7 + [9.0] + [1.0] * 7)
+
+    def first():
+        now[0] += next(slow)
+
+    found = layer_timing._on_device([first, phase(2), phase(3)], 10, line)
+    assert found == [[1_000_000, 2_000_000, 3_000_000]] * 14
+    assert len(lines) == 2
+
+
 def test_table_and_figure(capsys):
     one = LayerSweep(sweep(), 64, "mxfp4", None)
     document = layer_document(one, cases(), {"utc": "now"}, {})
