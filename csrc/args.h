@@ -53,4 +53,32 @@ struct CombineArgs {
   int scalar;          // dtype of y and out
 };
 
+// The received rows of one rank, listed by local expert.
+struct GroupArgs {
+  const int32_t* ids;     // [W, R, K]
+  const float* weights;   // [W, R, K]
+  const int32_t* counts;  // [W]
+  int64_t sources, rows, top_k;
+  int32_t first_expert, experts;  // this rank's
+  int64_t align, size;            // places of a list
+  int32_t* offsets;               // [experts + 1]
+  int32_t* row_index;             // [size]
+  float* row_weights;             // [size]
+  int32_t* positions;             // [W, R, K]
+  // The places that experts have: only a row that names one twice can need more.
+  MOE_HD int64_t end() const { return size / align * align; }
+  MOE_HD int64_t choices() const { return sources * rows * top_k; }
+};
+
+// What `positions` says of a choice: of an expert that is not here, or in no place.
+constexpr int32_t kNotHere = -1, kNoPlace = -2;
+
+// Which rows of a combine's `y`, here [size, H], make up a received row.
+struct Grouped {
+  const int32_t* positions;  // [W, R, K]
+  const float* weights;      // [size]
+  int64_t size;
+  int scalar;  // dtype of the rows; the combine's is that of out
+};
+
 }  // namespace moe_a2a

@@ -113,6 +113,17 @@ inline int scalar_of(const ffi::TensorView& t) {
   return -1;
 }
 
+// A contiguous tensor of `count` words of 32 bits, int32 or fp32.
+inline void* words_of(const ffi::TensorView& t, DLDeviceType device, bool integer, int64_t count,
+                      const char* name) {
+  const DLDataType d = t.dtype();
+  require(t.device().device_type == device && d.bits == 32 && d.lanes == 1 &&
+              d.code == (integer ? kDLInt : kDLFloat) && t.numel() == count && t.IsContiguous() &&
+              (t.data_ptr() != nullptr || count == 0),
+          name);
+  return t.data_ptr();
+}
+
 inline int64_t scalar_bytes(int scalar) { return scalar == kScalarFp32 ? 4 : 2; }
 
 inline bool quantized_wire(int wire) { return wire != kBf16 && wire != kFp16 && wire != kFp32; }
@@ -185,6 +196,38 @@ inline CombineArgs combine_args(const Geometry& g, const Shape& s, DLDeviceType 
   const Rows rows = rows_of(out, device, tokens, s.hidden * item, "out [T, H]");
   a.out = const_cast<uint8_t*>(rows.data);
   a.out_stride = rows.stride;
+  return a;
+}
+
+// Rows of a round by local expert: ids and weights [W, R, K].
+inline GroupArgs group_args(DLDeviceType device, const ffi::TensorView& ids,
+                            const ffi::TensorView& weights, const ffi::TensorView& counts,
+                            int64_t first_expert, int64_t align, const ffi::TensorView& offsets,
+                            const ffi::TensorView& row_index, const ffi::TensorView& row_weights,
+                            const ffi::TensorView& positions) {
+  GroupArgs a{};
+  require(ids.ndim() == 3 && offsets.ndim() == 1 && offsets.size(0) >= 1 && row_index.ndim() == 1,
+          "ids [W, R, K], offsets [E + 1], row_index [N]");
+  a.sources = ids.size(0);
+  a.rows = ids.size(1);
+  a.top_k = ids.size(2);
+  a.size = row_index.size(0);
+  a.align = align;
+  const int64_t choices = a.choices(), experts = offsets.size(0) - 1;
+  require(a.top_k >= 1 && align >= 1 && align <= INT32_MAX, "top_k and align are at least 1");
+  require(choices <= INT32_MAX && a.size <= INT32_MAX, "places are numbered by int32");
+  require(first_expert >= 0 && first_expert + experts <= kMaxExperts, "local experts");
+  a.first_expert = static_cast<int32_t>(first_expert);
+  a.experts = static_cast<int32_t>(experts);
+  a.ids = static_cast<int32_t*>(words_of(ids, device, true, choices, "topk_ids int32"));
+  a.weights = static_cast<float*>(words_of(weights, device, false, choices, "topk_weights fp32"));
+  a.counts = static_cast<int32_t*>(words_of(counts, device, true, a.sources, "counts int32 [W]"));
+  a.offsets = static_cast<int32_t*>(words_of(offsets, device, true, experts + 1, "offsets int32"));
+  a.row_index = static_cast<int32_t*>(words_of(row_index, device, true, a.size, "row_index int32"));
+  a.row_weights =
+      static_cast<float*>(words_of(row_weights, device, false, a.size, "row_weights fp32 [N]"));
+  a.positions =
+      static_cast<int32_t*>(words_of(positions, device, true, choices, "positions int32 [W*R, K]"));
   return a;
 }
 

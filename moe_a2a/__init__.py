@@ -2,6 +2,7 @@
 
 from moe_a2a import errors, formats
 from moe_a2a.alltoall import AllToAll
+from moe_a2a.grouped import Grouped
 from moe_a2a.moe_layer import MoELayer
 from moe_a2a.prepare_finalize import Prepared, PrepareFinalize
 from moe_a2a.received import Received
@@ -10,6 +11,7 @@ from moe_a2a.spec import Spec
 __version__ = "0.1.0"
 __all__ = [
     "AllToAll",
+    "Grouped",
     "MoELayer",
     "PrepareFinalize",
     "Prepared",

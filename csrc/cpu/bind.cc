@@ -1,6 +1,7 @@
 // The edge of the CPU library: checks tensors, fills the argument structs, calls the launchers.
 #include "../tensors.h"
 #include "endpoint.h"
+#include "group.h"
 #include "meet.h"
 
 namespace moe_a2a::cpu {
@@ -117,6 +118,14 @@ int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView ou
   return noted(object, combine(e, a, slice_ns));
 }
 
+// False where a row names an expert twice, and the list has no place for that.
+bool run_group(ffi::TensorView ids, ffi::TensorView weights, ffi::TensorView counts,
+               int64_t first_expert, int64_t align, ffi::TensorView offsets,
+               ffi::TensorView row_index, ffi::TensorView row_weights, ffi::TensorView positions) {
+  return group(group_args(kDLCPU, ids, weights, counts, first_expert, align, offsets, row_index,
+                          row_weights, positions));
+}
+
 // The rest of an operation that answered kPending.
 int64_t resume(ffi::ObjectRef handle, int64_t slice_ns) {
   EndpointObj& object = object_of(handle);
@@ -192,6 +201,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(endpoint_open, endpoint_open);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stage_extra, stage_extra);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, run_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, run_combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(group, run_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(resume, resume);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(operation_times, operation_times);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_record, failure_record);
