@@ -173,6 +173,10 @@ inline DispatchArgs dispatch_args(const Geometry& g, const Shape& s, DLDeviceTyp
   return a;
 }
 
+inline int plain_scalar(int combine_wire) {
+  return combine_wire == kBf16 ? kScalarBf16 : combine_wire == kFp16 ? kScalarFp16 : kScalarFp32;
+}
+
 // One combine of a round with `tokens` tokens here and R = `max_rows`.
 inline CombineArgs combine_args(const Geometry& g, const Shape& s, DLDeviceType device,
                                 const ffi::TensorView& y, const ffi::TensorView& out,
@@ -185,10 +189,7 @@ inline CombineArgs combine_args(const Geometry& g, const Shape& s, DLDeviceType 
               y.size(1) == max_rows && y.size(2) == s.hidden &&
               ((y.stride(2) == 1 && y.data_ptr() != nullptr) || max_rows == 0),
           "y [W, R, H]");
-  const int plain = s.combine_wire == kBf16   ? kScalarBf16
-                    : s.combine_wire == kFp16 ? kScalarFp16
-                                              : kScalarFp32;
-  require(quantized_wire(s.combine_wire) || a.scalar == plain,
+  require(quantized_wire(s.combine_wire) || a.scalar == plain_scalar(s.combine_wire),
           "y has the dtype of the combine wire");
   a.y = static_cast<const uint8_t*>(y.data_ptr());
   a.source_stride = y.stride(0) * item;
@@ -196,6 +197,36 @@ inline CombineArgs combine_args(const Geometry& g, const Shape& s, DLDeviceType 
   const Rows rows = rows_of(out, device, tokens, s.hidden * item, "out [T, H]");
   a.out = const_cast<uint8_t*>(rows.data);
   a.out_stride = rows.stride;
+  return a;
+}
+
+// The same of rows grouped by expert; sets what `grouped` points to.
+inline CombineArgs grouped_args(const Geometry& g, const Shape& s, DLDeviceType device,
+                                const ffi::TensorView& rows, const ffi::TensorView& positions,
+                                const ffi::TensorView& weights, const ffi::TensorView& out,
+                                int64_t tokens, int64_t max_rows, Grouped* grouped) {
+  CombineArgs a{};
+  require(rows.ndim() == 2, "rows [N, H]");
+  grouped->size = rows.size(0);
+  grouped->scalar = scalar_of(rows);
+  a.scalar = scalar_of(out);
+  require(grouped->scalar >= 0 && a.scalar >= 0, "rows and out have floating dtypes");
+  require(
+      a.scalar == (quantized_wire(s.combine_wire) ? grouped->scalar : plain_scalar(s.combine_wire)),
+      "out has the dtype of the combine wire, or of rows where that is quantized");
+  require(grouped->size <= INT32_MAX, "places are numbered by int32");
+  const Rows from =
+      rows_of(rows, device, grouped->size, s.hidden * scalar_bytes(grouped->scalar), "rows [N, H]");
+  a.y = from.data;
+  a.row_stride = from.stride;
+  const Rows to = rows_of(out, device, tokens, s.hidden * scalar_bytes(a.scalar), "out [T, H]");
+  a.out = const_cast<uint8_t*>(to.data);
+  a.out_stride = to.stride;
+  const int64_t choices = g.ep_size * max_rows * g.top_k;
+  grouped->positions =
+      static_cast<int32_t*>(words_of(positions, device, true, choices, "positions int32 [W*R, K]"));
+  grouped->weights =
+      static_cast<float*>(words_of(weights, device, false, grouped->size, "row_weights fp32 [N]"));
   return a;
 }
 

@@ -6,19 +6,18 @@ R runtime_max_tokens.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import os
 from typing import TYPE_CHECKING
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from moe_a2a import backends, compiled, opening, registry
-from moe_a2a.backends.base import REFUSED, DispatchCall, Opening
+from moe_a2a.backends.base import DispatchCall, Opening
 from moe_a2a.checks import Rules
-from moe_a2a.errors import MoeA2AError, PayloadError, PeerTimeout, StateError
+from moe_a2a.errors import MoeA2AError, PayloadError
 from moe_a2a.group import Group
+from moe_a2a.lifecycle import Lifecycle
 from moe_a2a.outputs import Outputs
 from moe_a2a.received import delivered
 from moe_a2a.timeline import Timeline, trace_directory
@@ -26,14 +25,13 @@ from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import TracebackType
 
     import torch.distributed as dist
     from torch import Tensor
 
+    from moe_a2a.grouped import Grouped
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
-    from moe_a2a.timeline import WaitTimes
 
 __all__ = ["AllToAll"]
 
@@ -41,12 +39,12 @@ _NOTHING: Mapping[str, Tensor] = {}
 _new_tuple = tuple.__new__  # a third of what a NamedTuple's own constructor costs
 
 
-class AllToAll:
+class AllToAll(Lifecycle):
     """One expert-parallel exchange of one group. Collective: every rank of the group constructs it.
 
-    Rounds are ``dispatch`` then ``combine``, in the same order on every rank. A call refused with a
-    typed error before anything was sent leaves the object as it was. After a `PeerTimeout` every
-    call raises it again until `reset`.
+    Rounds are ``dispatch`` then ``combine`` (or ``combine_grouped``), in the same order on every
+    rank. A call refused with a typed error before anything was sent leaves the object as it was.
+    After a `PeerTimeout` every call raises it again until `reset`.
 
     Args:
         spec: the geometry, equal on every rank.
@@ -79,14 +77,7 @@ class AllToAll:
         max_blocks: int | None = None,
         debug: bool = False,
     ) -> None:
-        self._impl: backends.base.Backend | None = None
-        self._failure: MoeA2AError | None = None
-        self._closed = False
-        self._timeline: Timeline | None = None
-        self._dispatched = False
-        self._blocked = True  # _refusal() knows why; one flag is all that a good call looks at
-        self._process = os.getpid()
-        self._outputs = Outputs(0, torch.device("cpu"))
+        super().__init__()
         limit, traces = 30.0, None
         problem: MoeA2AError | None = None
         try:
@@ -114,18 +105,12 @@ class AllToAll:
         self._everyone = self._active = (1 << spec.ep_size) - 1
         self.round = (0, 0)  # T and R of the round under way
         self._counts = torch.empty(spec.ep_size, dtype=torch.int32, device=self.device)
-        self._buffers: dict[torch.dtype, Tensor] = {}
         self._outputs = Outputs(spec.hidden_size, self.device)
         own = spec.experts_of(self.ep_rank)
         self.first_expert, self.num_local_experts = own.start, len(own)
         # For compiled graphs.
         compiled.register()
         self.handle, self.order = registry.enroll(self), compiled.order_of(self.device)
-
-    @property
-    def phase(self) -> str:
-        """``"idle"`` or ``"dispatched"``."""
-        return "dispatched" if self._dispatched else "idle"
 
     @property
     def round_tokens(self) -> int:
@@ -229,8 +214,46 @@ class AllToAll:
             out = self._outputs.take(tokens, y.dtype)
         else:
             self._rules.output(out, tokens, y)
+        return self._sum_back(y, out, None)
+
+    def combine_grouped(
+        self, rows: Tensor, grouped: Grouped, *, out: Tensor | None = None
+    ) -> Tensor:
+        """`combine` of what experts made of rows that ``recv.group()`` listed, in that order.
+
+        On its way back each received row becomes the fp32 sum, from +0.0 and by ascending place,
+        of ``row_weights[place] * rows[place]`` over the places of its choices, product and add
+        unfused. It is rounded once to the combine wire's dtype, or quantized as it is. The bits
+        are those of `combine` on such sums, in fp32 where the combine wire is quantized.
+
+        Args:
+            rows: [N, H] bf16, fp16 or fp32, where N counts the places. Gaps are never read.
+            grouped: of this round's dispatch. A choice whose place is past the list (see
+                `Grouped`) makes its row NaN.
+            out: [T, H] in the combine wire's dtype, or in that of ``rows`` where it is quantized;
+                default a new tensor.
+
+        Returns:
+            ``out``, rounded once from fp32.
+
+        Raises:
+            PayloadError, StateError, PeerTimeout: as `dispatch`.
+        """
+        if is_dynamo_compiling():
+            return compiled.combine_grouped(self, rows, grouped, out)
+        if self._blocked or not self._dispatched:
+            raise self._refusal("combine_grouped", dispatched=True)
+        tokens, most = self.round
+        dtype = self._rules.grouped_output(rows, grouped, most)
+        if out is None:
+            out = self._outputs.take(tokens, dtype)
+        else:
+            self._rules.grouped_sums(out, tokens, dtype, rows, grouped)
+        return self._sum_back(rows, out, grouped)
+
+    def _sum_back(self, y: Tensor, out: Tensor, grouped: Grouped | None) -> Tensor:
         try:
-            self._impl.combine(y, out)  # type: ignore[union-attr]
+            self._impl.combine(y, out, grouped)  # type: ignore[union-attr]
         except BaseException as error:
             raise self._failed("combine", error) from None
         self._dispatched = False
@@ -266,135 +289,3 @@ class AllToAll:
         shape = (spec.ep_size, self.round[1], spec.hidden_size)
         # Detached: a write that records gradients stays with the tensor handed out here.
         return self._buffers[dtype][: shape[0] * shape[1] * shape[2]].view(shape).detach()
-
-    def reset(self, active_ranks: Tensor | Sequence[bool] | None = None) -> None:
-        """Starts anew with ``active_ranks`` (default: all). Collective over those ranks.
-
-        Raises:
-            PeerTimeout: ranks that did not call it; it may be called again.
-        """
-        self._check_process("reset")
-        if self._impl is None:
-            raise StateError("reset after close()")
-        mask = self._everyone if active_ranks is None else self._rules.mask(active_ranks)
-        if not mask >> self.ep_rank & 1:
-            raise StateError(f"reset: active_ranks={mask:#b} leaves this rank ({self.ep_rank}) out")
-        try:
-            self._impl.reset(mask)
-        except BaseException as error:
-            raise self._failed("reset", error) from None
-        self._rules.receive_memory = self._impl.receive_memory
-        self._failure = None
-        self._blocked = self._dispatched = False
-        self._active = mask
-
-    def check(self) -> None:
-        """Raises what a kernel has recorded meanwhile; on CUDA it waits for the current stream.
-
-        Kernels run behind the calls that launched them: without it a failure comes out of the next
-        dispatch or combine. On the CPU nothing is ever pending.
-
-        Raises:
-            PeerTimeout: ranks that did not arrive, in this call or an earlier one.
-            StateError: the ranks made different calls; or after `close`.
-        """
-        impl = self._usable("check")
-        try:
-            impl.check()
-        except MoeA2AError as error:
-            raise self._failed("check", error) from None
-
-    def wait_times(self) -> WaitTimes:
-        """How long this rank waited for each peer so far; prints as a table. Needs ``debug=True``.
-
-        On CUDA of the operations that have ended: `check` first, to have all.
-
-        Raises:
-            StateError: without ``debug=True``, or after `close`.
-        """
-        return self._times("wait_times").wait_times()
-
-    def save_trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the phases of this rank's last operations for Perfetto (ui.perfetto.dev) to load.
-
-        ``python -m moe_a2a merge-traces`` makes one of several. Otherwise as `wait_times`.
-        """
-        self._times("save_trace").save(path)
-
-    def _times(self, call: str) -> Timeline:
-        self._check_process(call)
-        if self._timeline is None or self._impl is None:
-            needs = "needs AllToAll(..., debug=True), on every rank"
-            raise StateError(f"{call} {needs if self._timeline is None else 'after close()'}")
-        self._impl.collect_times()
-        return self._timeline
-
-    def close(self) -> None:
-        """Lets go of the window. Local, idempotent, waits for nobody."""
-        impl, self._impl, self._closed, self._blocked = self._impl, None, True, True
-        self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
-        if impl is not None:
-            opening.close(impl, self._timeline)
-
-    def __enter__(self) -> AllToAll:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_impl", None) is not None:
-            self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else self.phase
-        return f"AllToAll(rank {self.ep_rank} of {self.spec.ep_size}, {self.spec.wire}, {state})"
-
-    def _usable(self, call: str) -> backends.base.Backend:
-        self._check_process(call)
-        if self._failure is not None:
-            raise copy.copy(self._failure)
-        if self._impl is None:
-            raise StateError(f"{call} after close()")
-        return self._impl
-
-    def _refusal(self, call: str, *, dispatched: bool) -> MoeA2AError:
-        """Why ``call``, which needs ``dispatched``, can't be made now."""
-        try:
-            self._usable(call)
-        except MoeA2AError as error:
-            return error
-        before = "combine" if self._dispatched else "dispatch"
-        return StateError(f"{call} in phase {self.phase!r}: {before} comes first")
-
-    def forked(self) -> None:
-        """In a forked child: every call is refused there, and nothing is its to close."""
-        self._blocked = True
-        registry.leave(self._impl)
-        self._impl = None
-
-    def _check_process(self, call: str) -> None:
-        if os.getpid() != self._process:
-            raise StateError(
-                f"{call} in process {os.getpid()}, forked from rank {self.ep_rank} "
-                f"(process {self._process}): only the process that opened an exchange may use it"
-            )
-
-    def _failed(self, call: str, error: BaseException) -> BaseException:
-        """Remembers why no further call can work until a reset."""
-        if isinstance(error, ValueError) and str(error).startswith(REFUSED):
-            return PayloadError(f"{call}: {error}")  # by the binding, which had sent nothing yet
-        self._blocked = True
-        if isinstance(error, (PeerTimeout, StateError)):
-            self._failure = copy.copy(error)  # without the traceback, which holds on to the caller
-        else:
-            self._failure = StateError(
-                f"{call} was broken off on this rank ({type(error).__name__}: {error}); peers may "
-                "have its rows. Call reset() on all ranks to go on."
-            )
-        return error

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from moe_a2a.errors import CapacityError, PayloadError, StateError
 from moe_a2a.formats import FORMATS
+from moe_a2a.grouped import check as check_grouped
+from moe_a2a.grouped import result_dtype
 from moe_a2a.wording import describe, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
 
     _Facts = tuple[object, ...]
@@ -258,13 +261,37 @@ class Rules:
                         return
             except _NO_TENSOR:
                 pass
-        self._shaped("out", out, (y.dtype,), (tokens, self.spec.hidden_size))
-        if tokens > 1 and out.stride(0) < self.spec.hidden_size:
-            raise PayloadError(f"out is {describe(out)}: its rows overlap")
-        if _overlap(out, y):
-            raise PayloadError("out shares memory with y, which is read while out is written")
+        self._fresh(out, tokens, y.dtype, {"y": y})
         if not out.requires_grad:
             self._seen_out = (tokens, _facts(out), out.nbytes)
+
+    def grouped_output(self, rows: Tensor, grouped: Grouped, most: int) -> torch.dtype:
+        """``rows`` and ``grouped`` of a combine_grouped with R = ``most``; the dtype of ``out``."""
+        size, hidden = self._combine_shape
+        check_grouped(grouped, size * most, self.spec.top_k, self.device)
+        for name in ("positions", "row_weights"):
+            self._apart(f"grouped.{name}", getattr(grouped, name))
+        self._shaped("rows", rows, _FLOATS, (grouped.row_weights.shape[0], hidden))
+        return result_dtype(self.spec, rows)
+
+    def grouped_sums(
+        self, out: Tensor, tokens: int, dtype: torch.dtype, rows: Tensor, grouped: Grouped
+    ) -> None:
+        """``out`` of a combine_grouped whose other arguments have passed."""
+        read = {"grouped.positions": grouped.positions, "grouped.row_weights": grouped.row_weights}
+        self._fresh(out, tokens, dtype, {"rows": rows, **read})
+
+    def _fresh(
+        self, out: Tensor, tokens: int, dtype: torch.dtype, read: Mapping[str, Tensor]
+    ) -> None:
+        self._shaped("out", out, (dtype,), (tokens, self.spec.hidden_size))
+        if tokens > 1 and out.stride(0) < self.spec.hidden_size:
+            raise PayloadError(f"out is {describe(out)}: its rows overlap")
+        for name, tensor in read.items():
+            if _overlap(out, tensor):
+                raise PayloadError(
+                    f"out shares memory with {name}, which is read while out is written"
+                )
 
     def _shaped(
         self, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]

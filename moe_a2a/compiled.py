@@ -1,4 +1,4 @@
-"""The front door of ``torch.compile``: dispatch and combine as two registered operators.
+"""The front door of ``torch.compile``: dispatch and combine as registered operators.
 
 While Dynamo traces, `AllToAll` calls the functions here instead of its own methods. They leave one
 operator in the graph, which finds the open object by its handle when the graph runs and calls the
@@ -25,6 +25,7 @@ import torch
 from moe_a2a import registry
 from moe_a2a.errors import PayloadError, StateError
 from moe_a2a.formats import FORMATS
+from moe_a2a.grouped import Choices, Grouped, blank, listed, result_dtype
 from moe_a2a.received import Received
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from moe_a2a.alltoall import AllToAll
     from moe_a2a.spec import Spec
 
-__all__ = ["combine", "combine_buffer", "dispatch", "order_of", "register"]
+__all__ = ["combine", "combine_buffer", "combine_grouped", "dispatch", "order_of", "register"]
 
 _DISPATCH = """dispatch(
     SymInt handle, Tensor(a!) order, Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor? scales,
@@ -45,6 +46,13 @@ _DISPATCH = """dispatch(
 _COMBINE = """combine(
     SymInt handle, Tensor(a!) order, Tensor y, str recording, Tensor(b!) out
 ) -> ()"""
+_COMBINE_GROUPED = """combine_grouped(
+    SymInt handle, Tensor(a!) order, Tensor rows, Tensor[] grouped, str recording, Tensor(b!) out
+) -> ()"""
+# A function of its arguments alone: a compiler may move it, within the copies of its round.
+_GROUP = """group(
+    Tensor topk_ids, Tensor topk_weights, Tensor counts, SymInt first, SymInt experts, SymInt align
+) -> (Tensor, Tensor, Tensor, Tensor)"""
 
 
 _lock = Lock()  # ranks may be threads of one process
@@ -69,20 +77,32 @@ def order_of(device: torch.device) -> Tensor:
 
 
 def register() -> None:
-    """Registers both operators; once is enough."""
+    """Registers all operators; once is enough."""
     with _lock:
         if _libraries:
             return
         library: Any = torch.library.Library("moe_a2a", "DEF")  # type: ignore[no-untyped-call]
-        for schema, body in ((_DISPATCH, _run_dispatch), (_COMBINE, _run_combine)):
+        operators = (
+            (_DISPATCH, _run_dispatch, _nothing),
+            (_COMBINE, _run_combine, _nothing),
+            (_COMBINE_GROUPED, _run_combine_grouped, _nothing),
+            (_GROUP, _run_group, _blank_group),
+        )
+        for schema, body, fake in operators:
             name = library.define(schema.replace("\n", " "), tags=torch.Tag.pt2_compliant_tag)
             library.impl(name, body, "CompositeExplicitAutograd")
-            library._register_fake(name, _nothing)
+            library._register_fake(name, fake)
         _libraries.append(library)
 
 
 def _nothing(*arguments: object) -> None:
-    """Fake kernel of both: they return nothing, and what they fill is there already."""
+    """Fake kernel of those that return nothing: what they fill is there already."""
+
+
+def _blank_group(
+    ids: Tensor, weights: Tensor, counts: Tensor, first: int, experts: int, align: int
+) -> tuple[Tensor, ...]:
+    return blank(Choices(ids, weights, counts, first, experts), align)
 
 
 # ---- what Dynamo traces ----------------------------------------------------------------------
@@ -173,6 +193,17 @@ def combine(a2a: AllToAll, y: Tensor, out: Tensor | None) -> Tensor:
         out = torch.empty(a2a.round[0], a2a.spec.hidden_size, dtype=y.dtype, device=a2a.device)
     recording = _recording(y=y, out=out)
     torch.ops.moe_a2a.combine(a2a.handle, a2a.order, y.detach(), recording, out)
+    return out
+
+
+def combine_grouped(a2a: AllToAll, rows: Tensor, grouped: Grouped, out: Tensor | None) -> Tensor:
+    """`AllToAll.combine_grouped` in a graph."""
+    if out is None:
+        dtype = result_dtype(a2a.spec, rows)
+        out = torch.empty(a2a.round[0], a2a.spec.hidden_size, dtype=dtype, device=a2a.device)
+    parts = [grouped.row_index, grouped.expert_offsets, grouped.row_weights, grouped.positions]
+    recording = _recording(rows=rows, out=out)
+    torch.ops.moe_a2a.combine_grouped(a2a.handle, a2a.order, rows.detach(), parts, recording, out)
     return out
 
 
@@ -275,6 +306,20 @@ def _run_combine(handle: int, order: Tensor, y: Tensor, recording: str, out: Ten
     a2a = _found(handle)
     _refuse_gradient(recording)
     a2a.combine(y, out=out)
+
+
+def _run_combine_grouped(
+    handle: int, order: Tensor, rows: Tensor, grouped: list[Tensor], recording: str, out: Tensor
+) -> None:
+    a2a = _found(handle)
+    _refuse_gradient(recording)
+    a2a.combine_grouped(rows, Grouped(*grouped), out=out)
+
+
+def _run_group(
+    ids: Tensor, weights: Tensor, counts: Tensor, first: int, experts: int, align: int
+) -> tuple[Tensor, ...]:
+    return listed(Choices(ids, weights, counts, first, experts), align)
 
 
 def _refuse_gradient(recording: str) -> None:

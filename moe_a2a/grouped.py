@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_a2a.received import Received
+    from moe_a2a.spec import Spec
 
-__all__ = ["Choices", "Grouped", "gather", "group", "listed", "weighted_sums"]
+__all__ = [
+    "Choices",
+    "Grouped",
+    "blank",
+    "check",
+    "gather",
+    "group",
+    "listed",
+    "result_dtype",
+    "weighted_sums",
+]
 
 _PLACES = 2**31 - 1  # they are numbered by int32
 _SEGMENT = 128  # choices that a warp counts, at least
@@ -152,7 +163,8 @@ def check(grouped: Grouped, rows: int, top_k: int, device: torch.device) -> None
     )
     for name, tensor, dtype, shape in expected:
         if (
-            tensor.dtype != dtype
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype != dtype
             or tensor.shape != shape
             or tensor.device != device
             or not tensor.is_contiguous()
@@ -170,6 +182,12 @@ def _taken(rows: Tensor, index: Tensor) -> Tensor:
     flat = rows.flatten(0, 1).view(torch.uint8)
     taken = flat.index_select(0, index.clamp(min=0))
     return taken.masked_fill_((index < 0).unsqueeze(-1), 0).view(rows.dtype)
+
+
+def result_dtype(spec: Spec, rows: Tensor) -> torch.dtype:
+    """Of what `AllToAll.combine_grouped` returns: of what travels, unless that is quantized."""
+    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return plain.get(spec.combine_wire, rows.dtype)
 
 
 def weighted_sums(rows: Tensor, grouped: Grouped, first: int, count: int) -> Tensor:

@@ -118,6 +118,18 @@ int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView ou
   return noted(object, combine(e, a, slice_ns));
 }
 
+int64_t run_combine_grouped(ffi::ObjectRef handle, ffi::TensorView rows, ffi::TensorView positions,
+                            ffi::TensorView weights, ffi::TensorView out, int64_t slice_ns) {
+  EndpointObj& object = object_of(handle);
+  Endpoint& e = object.endpoint;
+  Grouped grouped{};
+  const CombineArgs a = grouped_args(e.geometry, e.shape, kDLCPU, rows, positions, weights, out,
+                                     e.tokens, e.max_rows, &grouped);
+  require(slice_ns >= 0, "slice_ns");
+  require(!object.pending, "no dispatch is under way");
+  return noted(object, combine(e, a, slice_ns, &grouped));
+}
+
 // False where a row names an expert twice, and the list has no place for that.
 bool run_group(ffi::TensorView ids, ffi::TensorView weights, ffi::TensorView counts,
                int64_t first_expert, int64_t align, ffi::TensorView offsets,
@@ -201,6 +213,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(endpoint_open, endpoint_open);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stage_extra, stage_extra);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, run_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, run_combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine_grouped, run_combine_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group, run_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(resume, resume);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(operation_times, operation_times);

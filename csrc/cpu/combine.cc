@@ -2,10 +2,12 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <vector>
 
 #include "../codec.h"
 #include "endpoint.h"
 #include "scalar.h"
+#include "weigh.h"
 
 namespace moe_a2a::cpu {
 namespace {
@@ -161,6 +163,26 @@ void push(Endpoint& e, const CombineArgs& a, int source, Copy copy) {
   }
 }
 
+// The same of rows that are grouped by expert: what is pushed is their weighted sum. The rank's own
+// go through its inbox too, whatever the wire, so that each is summed once, here.
+void push_sums(Endpoint& e, const CombineArgs& a, const Grouped& grouped, int source, Copy copy) {
+  const RowQuantizer quantizer = row_quantizer(e.shape.combine_wire, kScalarFp32);
+  const int64_t hidden = e.shape.hidden, row_bytes = e.geometry.combine_bytes;
+  std::vector<float> sum(hidden);
+  std::vector<uint8_t> rounded(row_bytes);
+  const auto* values = reinterpret_cast<const uint8_t*>(sum.data());
+  uint8_t* inbox = e.inbox_row(source, e.rank, 0);
+  for (int64_t i = 0; i < e.received[source]; ++i, inbox += row_bytes) {
+    weigh_row(a, grouped, e.geometry.top_k, hidden, source * e.max_rows + i, sum.data());
+    if (quantizer != nullptr) {
+      quantizer(values, inbox, inbox + hidden, {hidden, hidden, 1.0f});
+      continue;
+    }
+    round_row(e.shape.combine_wire, sum.data(), hidden, rounded.data());
+    copy(inbox, rounded.data(), row_bytes);
+  }
+}
+
 void reduce(Endpoint& e) {
   if (e.tokens == 0) return;  // y may be empty, see push()
   const CombineArgs& a = e.combine;
@@ -169,7 +191,7 @@ void reduce(Endpoint& e) {
   const uint8_t* base[kMaxRanks];
   int64_t stride[kMaxRanks], next[kMaxRanks] = {};
   for (int from = 0; from < e.geometry.ep_size; ++from) {
-    const bool own = from == e.rank && !quantized;
+    const bool own = from == e.rank && !quantized && !e.sums;
     base[from] = own ? a.y + from * a.source_stride : e.inbox_row(e.rank, from, 0);
     stride[from] = own ? a.row_stride : e.geometry.combine_bytes;
   }
@@ -185,17 +207,21 @@ void reduce(Endpoint& e) {
 
 }  // namespace
 
-Status combine(Endpoint& e, const CombineArgs& a, int64_t slice_ns) {
+Status combine(Endpoint& e, const CombineArgs& a, int64_t slice_ns, const Grouped* grouped) {
   FloatEnvironment environment;
   e.epoch = next_epoch(e.epoch);
   e.facts.phase = kCombineOp;
   e.combine = a;
+  e.sums = grouped != nullptr;
   if (e.shape.debug) begin_debug(e);
   const bool quantized = row_quantizer(e.shape.combine_wire, a.scalar) != nullptr;
   const int64_t rows = std::accumulate(e.received, e.received + e.geometry.ep_size, int64_t{0});
   const Copy copy = e.copy_of(rows * e.geometry.combine_bytes);
   for_each_rank(e.facts.active, [&](int source) {
-    if (source != e.rank || quantized) push(e, a, source, copy);
+    if (grouped != nullptr)
+      push_sums(e, a, *grouped, source, copy);
+    else if (source != e.rank || quantized)
+      push(e, a, source, copy);
   });
   announce(e, kArriveCombine, nullptr);
   return finish_combine(e, slice_ns);

@@ -60,6 +60,7 @@ struct Endpoint {
   int32_t received[kMaxRanks] = {};      // rows from each source
   int32_t* counts_out = nullptr;
   CombineArgs combine{};
+  bool sums = false;  // its rows were summed as they were pushed, the rank's own into its inbox
   Rows extra[kMaxExtras] = {};
   std::vector<uint8_t> scratch;  // one row of everything
   std::chrono::steady_clock::time_point wait_start;
@@ -115,7 +116,9 @@ void restart_endpoint(Endpoint& e, std::vector<uint8_t*> windows, uint32_t epoch
 // The two operations and the rest of one whose status was kPending. Each waits for at most
 // `slice_ns`, so that the caller gets to look at signals.
 Status dispatch(Endpoint& e, const DispatchArgs& args, int64_t slice_ns);
-Status combine(Endpoint& e, const CombineArgs& args, int64_t slice_ns);
+// `grouped`: of what the rows of args.y, [size, H] then, are sums; null where they are [W, R, H].
+Status combine(Endpoint& e, const CombineArgs& args, int64_t slice_ns,
+               const Grouped* grouped = nullptr);
 Status finish_dispatch(Endpoint& e, int64_t slice_ns);
 Status finish_combine(Endpoint& e, int64_t slice_ns);
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_a2a.group import Group
+    from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
     from moe_a2a.timeline import Timeline
 
@@ -95,7 +96,8 @@ class Backend(Protocol):
 
     def dispatch(self, call: DispatchCall) -> Views: ...
 
-    def combine(self, y: Tensor, out: Tensor) -> None: ...
+    def combine(self, y: Tensor, out: Tensor, grouped: Grouped | None = None) -> None:
+        """``y`` [W, R, H]; with ``grouped`` [N, H], whose weighted sums are the rows instead."""
 
     def check(self) -> None:
         """Waits for the kernels of the current stream, and raises what they have recorded."""

@@ -7,9 +7,7 @@ and routes with torch operations, so that it shares no code with their kernels.
 from __future__ import annotations
 
 import json
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
@@ -22,17 +20,18 @@ from torch.distributed.distributed_c10d import PrefixStore
 from moe_a2a import formats
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import RoundFacts, mismatch, peer_timeout
+from moe_a2a.backends.float_mode import subnormals_kept
 from moe_a2a.errors import PeerTimeout, WorkspaceError
+from moe_a2a.grouped import weighted_sums
 from moe_a2a.interruptible import interruptible
 from moe_a2a.lobby import Lobby, StoreBoard
 from moe_a2a.timeline import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from moe_a2a.group import Group
+    from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
 
 __all__ = ["Collective"]
@@ -40,20 +39,7 @@ __all__ = ["Collective"]
 _DISPATCH, _COMBINE = 1, 2
 _GRACE = 0.5  # seconds to wait for what the other survivors have to say
 _DEFERRED = 0x100
-_SMALLEST_NORMAL = sys.float_info.min
-
-
-@contextmanager
-def _subnormals_kept() -> Iterator[None]:
-    """Undoes a caller's torch.set_flush_denormal(True) meanwhile: the formats need subnormals."""
-    flushed = _SMALLEST_NORMAL / 2 == 0  # torch can set the mode, but not tell it
-    if flushed:
-        torch.set_flush_denormal(False)
-    try:
-        yield
-    finally:
-        if flushed:
-            torch.set_flush_denormal(True)
+_PLAIN = ("bf16", "fp16", "fp32")  # combine wires that do not quantize
 
 
 class Collective:
@@ -150,7 +136,7 @@ class Collective:
 
     # ---- dispatch --------------------------------------------------------------------------
 
-    @_subnormals_kept()
+    @subnormals_kept()
     def dispatch(self, call: DispatchCall) -> Views:
         spec, self._round = self._spec, self._round + 1
         self._watch = Stopwatch(self._timeline, _DISPATCH, self._round, self._others(call.active))
@@ -245,14 +231,14 @@ class Collective:
 
     # ---- combine ---------------------------------------------------------------------------
 
-    @_subnormals_kept()
-    def combine(self, y: Tensor, out: Tensor) -> None:
+    @subnormals_kept()
+    def combine(self, y: Tensor, out: Tensor, grouped: Grouped | None = None) -> None:
         self._operation += 1
         active = ranks_in(self._active)
         self._watch = Stopwatch(self._timeline, _COMBINE, self._round, self._others(self._active))
         if self._timeline is not None:
             self._views.poison()
-        sends = {peer: self._encode(y[peer, : self._counts[peer]]) for peer in active}
+        sends = {peer: self._encode(self._rows(peer, y, grouped, out.dtype)) for peer in active}
         receives = {
             peer: torch.empty(self._sent[peer], sends[peer].shape[1], dtype=torch.uint8)
             for peer in active
@@ -268,13 +254,21 @@ class Collective:
         total = torch.zeros(out.shape, dtype=torch.float32)
         for peer in active:
             index = self._goes[:, peer].nonzero().squeeze(1)
-            total[index] = total[index] + self._decode(receives[peer], y.dtype)
+            total[index] = total[index] + self._decode(receives[peer], out.dtype)
             self._seen[peer] = self._operation
         out.copy_(total.to(out.dtype))
         self._watch.stop()
 
+    def _rows(self, peer: int, y: Tensor, grouped: Grouped | None, out: torch.dtype) -> Tensor:
+        count = self._counts[peer]
+        if grouped is None:
+            return y[peer, :count]
+        first = peer * (grouped.positions.shape[0] // self._spec.ep_size)
+        sums = weighted_sums(y, grouped, first, count)
+        return sums.to(out) if self._spec.combine_wire in _PLAIN else sums
+
     def _encode(self, rows: Tensor) -> Tensor:
-        if self._spec.combine_wire in ("bf16", "fp16", "fp32"):
+        if self._spec.combine_wire in _PLAIN:
             return _as_bytes(rows)
         payload, scales = formats.quantize(rows, self._spec.combine_wire)
         assert scales is not None
@@ -282,7 +276,7 @@ class Collective:
 
     def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         wire, hidden = self._spec.combine_wire, self._spec.hidden_size
-        if wire in ("bf16", "fp16", "fp32"):
+        if wire in _PLAIN:
             return packed.view(dtype).float()
         form = formats.FORMATS[wire]
         assert form.scale_dtype is not None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_a2a.group import Group
+    from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
 
 __all__ = ["Nvlink"]
@@ -183,8 +184,14 @@ class Nvlink:
         value = torch.ones(()) if scale is None else scale.detach().cpu()
         return int(value.view(torch.int32).item()) & 0xFFFFFFFF
 
-    def combine(self, y: Tensor, out: Tensor) -> None:
-        if self._combine(self._endpoint, y, out, self._stream()):
+    def combine(self, y: Tensor, out: Tensor, grouped: Grouped | None = None) -> None:
+        if grouped is None:
+            failed = self._combine(self._endpoint, y, out, self._stream())
+        else:
+            failed = self._library.combine_grouped(
+                self._endpoint, y, grouped.positions, grouped.row_weights, out, self._stream()
+            )
+        if failed:
             raise self._failure()
 
     def check(self) -> None:

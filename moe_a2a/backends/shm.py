@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_a2a.group import Group
+    from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
 
 __all__ = ["Shm"]
@@ -168,8 +169,13 @@ class Shm:
             self._note_times()
         return self._views.of(call.rows, call.deferred)
 
-    def combine(self, y: Tensor, out: Tensor) -> None:
-        status = self._library.combine(self._endpoint, y, out, _SLICE_NS)
+    def combine(self, y: Tensor, out: Tensor, grouped: Grouped | None = None) -> None:
+        if grouped is None:
+            status = self._library.combine(self._endpoint, y, out, _SLICE_NS)
+        else:
+            status = self._library.combine_grouped(
+                self._endpoint, y, grouped.positions, grouped.row_weights, out, _SLICE_NS
+            )
         if status:
             self._finish(status)
         if self._timeline is not None:
