@@ -214,7 +214,7 @@ inline CombineArgs grouped_args(const Geometry& g, const Shape& s, DLDeviceType 
   require(
       a.scalar == (quantized_wire(s.combine_wire) ? grouped->scalar : plain_scalar(s.combine_wire)),
       "out has the dtype of the combine wire, or of rows where that is quantized");
-  require(grouped->size <= INT32_MAX, "places are numbered by int32");
+  require(grouped->size <= INT32_MAX, "places fit int32");
   const Rows from =
       rows_of(rows, device, grouped->size, s.hidden * scalar_bytes(grouped->scalar), "rows [N, H]");
   a.y = from.data;
@@ -246,7 +246,8 @@ inline GroupArgs group_args(DLDeviceType device, const ffi::TensorView& ids,
   a.align = align;
   const int64_t choices = a.choices(), experts = offsets.size(0) - 1;
   require(a.top_k >= 1 && align >= 1 && align <= INT32_MAX, "top_k and align are at least 1");
-  require(choices <= INT32_MAX && a.size <= INT32_MAX, "places are numbered by int32");
+  // A warp may count a little past the last choice.
+  require(choices <= INT32_MAX - (1 << 16) && a.size <= INT32_MAX, "places fit int32");
   require(first_expert >= 0 && first_expert + experts <= kMaxExperts, "local experts");
   a.first_expert = static_cast<int32_t>(first_expert);
   a.experts = static_cast<int32_t>(experts);

@@ -134,12 +134,12 @@ def listed(
     segments = max(min(-(-ids.numel() // _SEGMENT), _SEGMENTS), 1)
     scratch = ids.new_empty((segments + 1) * experts)
     if library is not None:
-        library.group(*own, scratch, 0)
+        library.group(*own, scratch, segments, 0)
         return found
     device = ids.device.index
     with torch.cuda.device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)
-        cuda_library().group(*own, scratch, stream)
+        cuda_library().group(*own, scratch, segments, stream)
     return found
 
 

@@ -2,6 +2,7 @@
 #include "../tensors.h"
 #include "debug.h"
 #include "endpoint.h"
+#include "group.h"
 #include "link.h"
 
 namespace moe_a2a::cuda {
@@ -119,6 +120,18 @@ int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView ou
   return 0;
 }
 
+// On the current device; `scratch`: (segments + 1) * experts words.
+void run_group(ffi::TensorView ids, ffi::TensorView weights, ffi::TensorView counts,
+               int64_t first_expert, int64_t align, ffi::TensorView offsets,
+               ffi::TensorView row_index, ffi::TensorView row_weights, ffi::TensorView positions,
+               ffi::TensorView scratch, int64_t segments, int64_t stream) {
+  const GroupArgs a = group_args(kDevice, ids, weights, counts, first_expert, align, offsets,
+                                 row_index, row_weights, positions);
+  require(segments >= 1 && segments <= 1 << 20, "segments");
+  void* words = words_of(scratch, kDevice, true, (segments + 1) * a.experts, "scratch");
+  check(launch_group(a, static_cast<uint32_t*>(words), segments, stream_of(stream)));
+}
+
 // As the CPU library's.
 Numbers failure_record(ffi::ObjectRef handle) {
   const Endpoint& e = endpoint_of(handle);
@@ -223,6 +236,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(endpoint_open, endpoint_open);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stage_extra, stage_extra);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, run_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, run_combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(group, run_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_kind, failure_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_record, failure_record);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(notebook_bytes, notebook_bytes);

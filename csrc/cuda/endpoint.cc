@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "debug.h"
+#include "group.h"
 #include "launch.h"
 
 namespace moe_a2a::cuda {
@@ -260,7 +261,8 @@ const char* load_kernels() {
         (wire < 0 ? kernels : staged).push_back(dispatch_packets_kernel(lines, wire, aligned));
     }
   }
-  for (const void* kernel : {meet_peers_kernel(), note_end_kernel(), note_clock_kernel()})
+  for (const void* kernel : {meet_peers_kernel(), note_end_kernel(), note_clock_kernel(),
+                             count_kernel(), scan_kernel(), place_kernel()})
     kernels.push_back(kernel);
   for (int run : {1, 2})
     for (bool many : {false, true}) kernels.push_back(dispatch_small_kernel(many, run));

@@ -30,7 +30,7 @@ struct Index {
 };
 extern Index thread_index, block_index, block_size, grid_size;
 
-enum Kind : int { kShuffle, kVote, kReduce, kWarpBarrier };
+enum Kind : int { kShuffle, kVote, kReduce, kMatch, kWarpBarrier };
 
 void yield();
 // Every thread of a warp brings a value and gets all of them.
@@ -120,6 +120,17 @@ inline uint32_t __reduce_add_sync(unsigned, uint32_t v) {
   uint32_t sum = 0;
   for (int i = 0; i < 32; ++i) sum += static_cast<uint32_t>(all[i]);
   return sum;
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t v) {
+  const uint64_t* all = simt::exchange(simt::kReduce, v);
+  return static_cast<uint32_t>(*std::min_element(all, all + 32));
+}
+template <class T>
+unsigned __match_any_sync(unsigned, T v) {
+  const uint64_t own = simt::bits(v), *all = simt::exchange(simt::kMatch, own);
+  unsigned mask = 0;
+  for (unsigned i = 0; i < 32; ++i) mask |= static_cast<unsigned>(all[i] == own) << i;
+  return mask;
 }
 inline void __syncwarp() { simt::exchange(simt::kWarpBarrier, 0); }
 inline void __syncthreads() { simt::block_barrier(false); }

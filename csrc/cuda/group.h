@@ -1,0 +1,31 @@
+// Received rows listed by local expert, on the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "context.h"
+
+namespace moe_a2a::cuda {
+
+// Experts that a warp counts in shared memory; more, and it counts in its column of the table.
+constexpr int kSharedExperts = 8192;
+
+struct GroupLaunch {
+  GroupArgs a;
+  uint32_t* totals;  // [experts] rows
+  uint32_t* table;   // [experts, segments]: of a segment, then of all before it
+  int32_t segments;  // of all choices, a warp each
+  int32_t share;     // choices of a segment
+  uint32_t end;      // of the places
+  FastDivisor by_rows, by_top_k;
+};
+
+const void* count_kernel();
+const void* scan_kernel();
+const void* place_kernel();
+
+// `scratch`: (segments + 1) * experts words. Returns a CUDA error's text, or null.
+const char* launch_group(const GroupArgs& a, uint32_t* scratch, int64_t segments,
+                         cudaStream_t stream);
+
+}  // namespace moe_a2a::cuda
