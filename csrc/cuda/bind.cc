@@ -116,7 +116,19 @@ int64_t run_combine(ffi::ObjectRef handle, ffi::TensorView y, ffi::TensorView ou
   if (const int64_t kind = failure_kind(handle)) return kind;
   const CombineArgs a = combine_args(e.geometry, e.shape, kDevice, y, out, e.tokens, e.max_rows);
   const OnDevice device(e);
-  check(launch_combine(e, a, stream_of(stream)));
+  check(launch_combine(e, a, nullptr, stream_of(stream)));
+  return 0;
+}
+
+int64_t run_combine_grouped(ffi::ObjectRef handle, ffi::TensorView rows, ffi::TensorView positions,
+                            ffi::TensorView weights, ffi::TensorView out, int64_t stream) {
+  Endpoint& e = endpoint_of(handle);
+  if (const int64_t kind = failure_kind(handle)) return kind;
+  Grouped grouped{};
+  const CombineArgs a = grouped_args(e.geometry, e.shape, kDevice, rows, positions, weights, out,
+                                     e.tokens, e.max_rows, &grouped);
+  const OnDevice device(e);
+  check(launch_combine(e, a, &grouped, stream_of(stream)));
   return 0;
 }
 
@@ -236,6 +248,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(endpoint_open, endpoint_open);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stage_extra, stage_extra);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, run_dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, run_combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine_grouped, run_combine_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group, run_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_kind, failure_kind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(failure_record, failure_record);

@@ -162,4 +162,9 @@ struct CombineLaunch {
   RoundFacts facts;
 };
 
+// The same where rows are grouped by expert. What the others need not know comes behind it.
+struct GroupedLaunch : CombineLaunch {
+  Grouped grouped;
+};
+
 }  // namespace moe_a2a::cuda

@@ -17,6 +17,8 @@ constexpr int kCombineStep = 512;
 // that push in larger rounds: few, since what they store waits for the link, and with it what
 // others of their multiprocessor load.
 constexpr int kRoundsTogether = 2, kPushers = 2;
+// The same of rows grouped by expert: several are read, in two steps, for each that is stored.
+constexpr int kGroupedPushers = 4;
 
 int64_t cell_data(const Endpoint& e) { return e.options.lines ? kCellData : 128; }
 
@@ -185,7 +187,7 @@ const char* dispatch_in_bulk(Endpoint& e, DispatchLaunch& p, cudaStream_t stream
 // Steps of a warp, 512 bytes of a plain row or columns of a quantized one, are moved in runs: as
 // short as gives every warp of the device one; in large rounds as long as registers allow, and some
 // warps push while the others sum.
-const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
+const char* combine(Endpoint& e, GroupedLaunch& p, bool grouped, cudaStream_t stream) {
   const bool scaled = quantized(e.shape.combine_wire);
   const int chunks = !scaled ? 1 : p.a.scalar == kScalarFp32 ? 4 : 2;
   const int64_t targets = std::max<int64_t>(e.geometry.ep_size - 1, 1);
@@ -194,11 +196,11 @@ const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   const int64_t rows = std::max(e.max_rows * targets, e.tokens), room = 16 * movers(e.blocks);
   const auto runs_of = [&](int run) { return (steps + run - 1) / run; };
   CombineRuns runs{1, 1};
-  if (rows * runs_of(1) > room) runs = {2, 2};
+  if (rows * runs_of(1) > room) runs = grouped ? longest_grouped_runs(chunks) : CombineRuns{2, 2};
   const bool divided = e.blocks > 1 && rows * runs_of(2) > kRoundsTogether * room;
   if (divided) {
-    runs = longest_runs(chunks);
-    p.pushers = kPushers;
+    if (!grouped) runs = longest_runs(chunks);
+    p.pushers = grouped ? kGroupedPushers : kPushers;
     p.nap = kNap;
   }
   p.push_runs = static_cast<int32_t>(runs_of(runs.push));
@@ -208,9 +210,13 @@ const char* combine(Endpoint& e, CombineLaunch& p, cudaStream_t stream) {
   p.by_push_runs = fast_divisor(p.push_runs);
   p.by_runs = fast_divisor(p.runs);
   p.by_targets = fast_divisor(targets);
-  Grid grid = packets_grid(e, rows * p.runs, combine_warps(runs));
+  const int most = grouped ? kGroupedWarps : combine_warps(runs);
+  Grid grid = packets_grid(e, rows * p.runs, most);
   if (divided) grid.blocks = e.blocks;
-  return launch(e, combine_kernel(e.shape.combine_wire, p.a.scalar, runs), grid, &p, stream);
+  const int wire = e.shape.combine_wire;
+  const void* kernel = grouped ? grouped_kernel(wire, p.grouped.scalar, runs)
+                               : combine_kernel(wire, p.a.scalar, runs);
+  return launch(e, kernel, grid, &p, stream);  // the kernel's launch begins p
 }
 
 // Where things lie in an endpoint's own memory, the state first.
@@ -274,6 +280,8 @@ const char* load_kernels() {
       const int chunks = !quantized(wire) ? 1 : scalar == kScalarFp32 ? 4 : 2;
       for (CombineRuns runs : {CombineRuns{1, 1}, CombineRuns{2, 2}, longest_runs(chunks)})
         kernels.push_back(combine_kernel(wire, scalar, runs));
+      for (CombineRuns runs : {CombineRuns{1, 1}, longest_grouped_runs(chunks)})
+        kernels.push_back(grouped_kernel(wire, scalar, runs));
     }
   }
   kernels.insert(kernels.end(), staged.begin(), staged.end());
@@ -360,15 +368,17 @@ const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* glo
   return error != nullptr ? error : end_debug(e, p.facts, stream);
 }
 
-const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t stream) {
-  CombineLaunch p{};
+const char* launch_combine(Endpoint& e, const CombineArgs& a, const Grouped* grouped,
+                           cudaStream_t stream) {
+  GroupedLaunch p{};
+  if (grouped != nullptr) p.grouped = *grouped;
   p.c = e.context;
   p.a = a;
   p.tokens = static_cast<int32_t>(e.tokens);
   p.facts = {kCombineOp, static_cast<uint32_t>(e.max_rows), e.format, 0, e.active};
   p.odd = (reinterpret_cast<uintptr_t>(a.y) | a.source_stride | a.row_stride) % kChunk != 0;
   if (const char* error = begin_debug(e, p.facts, stream)) return error;
-  const char* error = combine(e, p, stream);
+  const char* error = combine(e, p, grouped != nullptr, stream);
   return error != nullptr ? error : end_debug(e, p.facts, stream);
 }
 

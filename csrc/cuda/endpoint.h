@@ -52,7 +52,9 @@ const char* open_endpoint(Endpoint& e, int rank, const int64_t* windows, uint8_t
 
 const char* launch_dispatch(Endpoint& e, const DispatchArgs& a, const float* global_scale,
                             uint32_t scale_bits, cudaStream_t stream);
-const char* launch_combine(Endpoint& e, const CombineArgs& a, cudaStream_t stream);
+// `grouped`: of what the rows of a.y, [size, H] then, are sums; null where they are [W, R, H].
+const char* launch_combine(Endpoint& e, const CombineArgs& a, const Grouped* grouped,
+                           cudaStream_t stream);
 
 // A new generation: nothing of an old one counts. Control and the inbox of dispatch are cleared,
 // that of combine is all ones. Returns when done.

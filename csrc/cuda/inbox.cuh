@@ -126,6 +126,7 @@ struct Plain {
 // A word of scales belongs to 128 columns, the codes of eight lanes: four bytes or one fp32.
 template <int kWire, int kScalar>
 struct Scaled {
+  static constexpr int kWireOf = kWire;
   static constexpr int kScalarOf = kScalar;
   static constexpr int kColumns = 16;
   static constexpr int kChunks = kItemBytes<kScalar>;

@@ -42,5 +42,12 @@ constexpr CombineRuns longest_runs(int chunks) {
 constexpr int combine_warps(CombineRuns runs) { return runs.push == 4 ? 12 : 16; }
 // `scalar`: of y. `runs`: both 1 or both 2, or the longest.
 const void* combine_kernel(int combine_wire, int scalar, CombineRuns runs);
+// The same for rows grouped by expert, several of which are in registers at once: runs are shorter,
+// warps fewer. `scalar`: of those rows. `runs`: both 1, or the longest.
+constexpr CombineRuns longest_grouped_runs(int chunks) {
+  return chunks == 1 ? CombineRuns{2, 2} : chunks == 2 ? CombineRuns{2, 1} : CombineRuns{1, 1};
+}
+constexpr int kGroupedWarps = 12;
+const void* grouped_kernel(int combine_wire, int scalar, CombineRuns runs);
 
 }  // namespace moe_a2a::cuda

@@ -15,9 +15,9 @@ from moe_a2a._build import cache_directory, cpu_compiler, source_directory
 
 HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -DMOE_SIMT -Wall"
-UNITS = ("combine.cu", "debug.cu", "dispatch_bulk.cu", "dispatch_packets.cu",
-         "dispatch_quantized.cu", "dispatch_small.cu", "group.cu", "bind.cc", "debug.cc",
-         "endpoint.cc", "group.cc", "restart.cc")  # fmt: skip
+UNITS = ("combine.cu", "combine_grouped.cu", "debug.cu", "dispatch_bulk.cu",
+         "dispatch_packets.cu", "dispatch_quantized.cu", "dispatch_small.cu", "group.cu",
+         "bind.cc", "debug.cc", "endpoint.cc", "group.cc", "restart.cc")  # fmt: skip
 
 
 def supported() -> bool:
