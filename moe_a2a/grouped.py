@@ -47,8 +47,8 @@ class Grouped:
     source rank, then slot, then choice, and the places left until the next multiple of ``align``
     are gaps. A row that names an expert twice has two places there.
 
-    Only rows that name an expert twice can need more places than there are. On the CPU that is a
-    `PayloadError`. On CUDA, where nobody waits to find out, offsets stay at or below the last
+    Only rows that name an expert twice can need more places than there are, and only where K > E.
+    On the CPU that is a `PayloadError`. On CUDA, where nobody waits to find out, offsets stay at or below the last
     multiple of ``align`` in the list, choices past it have position -2 and stand nowhere, and
     `AllToAll.combine_grouped` makes their rows NaN.
 
