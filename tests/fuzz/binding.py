@@ -146,7 +146,8 @@ class Session:
     # ---- operations ------------------------------------------------------------------------
 
     def step(self) -> None:
-        names = ("round", "dispatch", "combine", "resume", "stage", "record", "restart", "meeting")
+        names = ("round", "dispatch", "combine", "resume", "stage", "record", "restart", "meeting",
+                 "combine_grouped", "group")  # fmt: skip
         getattr(self, f"_{self.given.pick(names)}")(self.given.pick(self.endpoints))
 
     def _round(self, _: Any) -> None:
@@ -198,6 +199,41 @@ class Session:
         y, out = self._outputs(self.given.below(self.spec.max_tokens_per_rank + 1))
         slice_ns = self.given.pick((0, 1, 100, -1))
         self.library.combine(endpoint, self._tensor(y), self._tensor(out), slice_ns)
+
+    def _combine_grouped(self, endpoint: Any) -> None:
+        """Places are any; those past the rows, and below -1, make NaN."""
+        given, spec = self.given, self.spec
+        y, out = self._outputs(given.below(spec.max_tokens_per_rank + 1))
+        rows = self._keep(torch.zeros(given.below(9), spec.hidden_size, dtype=y.dtype))
+        choices = spec.ep_size * spec.max_tokens_per_rank * spec.top_k
+        places = [given.byte() % 12 - 2 for _ in range(choices)]
+        positions = self._keep(torch.tensor(places, dtype=torch.int32))
+        weights = self._keep(torch.ones(len(rows)))
+        given_tensors = [self._tensor(t) for t in (rows, positions, weights, out)]
+        self.library.combine_grouped(endpoint, *given_tensors, given.pick((0, 1, 100, -1)))
+
+    def _group(self, _: Any) -> None:
+        given, spec = self.given, self.spec
+        size, rows, experts = spec.ep_size, given.below(6), given.below(5)
+        ids = [given.byte() - 4 for _ in range(size * rows * spec.top_k)]
+        shape = (size, rows, spec.top_k)
+        align = given.number() if given.seldom() else 1 + given.below(5)
+        places = size * rows * min(spec.top_k, experts) + experts * (min(align, 8) - 1)
+        index = torch.zeros(max(places - given.below(3), 0), dtype=torch.int32)
+        given_tensors = [
+            self._tensor(t)
+            for t in (
+                torch.tensor(ids, dtype=torch.int32).view(shape),
+                torch.ones(shape),
+                torch.tensor([given.byte() - 2 for _ in range(size)], dtype=torch.int32),
+                torch.zeros(experts + 1, dtype=torch.int32),
+                index,
+                index.float(),
+                torch.zeros(size * rows, spec.top_k, dtype=torch.int32),
+            )
+        ]
+        first = given.number() if given.seldom() else given.below(4)
+        self.library.group(*given_tensors[:3], first, align, *given_tensors[3:])
 
     def _resume(self, endpoint: Any) -> None:
         self.library.resume(endpoint, self.given.pick((0, 1, 100, -1)))
