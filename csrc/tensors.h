@@ -82,6 +82,7 @@ inline Shape shape_from(const Numbers& n, const Geometry& geometry) {
   require(n[1] >= n[0] && n[1] <= kMostBytes, "padded hidden_size");
   // The quantizers write what their wire says, wherever that ends.
   require(n[2] >= kBf16 && n[2] <= kMxfp4, "wire");
+  require(s.wire == kMxfp8 || s.padded == s.hidden, "only an mxfp8 row is padded");
   const WireRow row = wire_row(s.wire, s.hidden, s.padded);
   require(row.payload == s.payload_row && row.scales == s.scale_row, "bytes of a row on the wire");
   require(s.payload_row <= geometry.payload_bytes && s.scale_row <= geometry.scale_bytes,

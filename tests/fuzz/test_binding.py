@@ -143,7 +143,7 @@ def test_wrong_geometries(window, at, value):
     ("at", "value"),
     [
         *((0, 136), (0, 256), (0, 2**40), (1, 0), (2, 7), (2, -1), (2, 4), (3, 5), (3, 99)),
-        *((4, 32), (5, 0), (6, 2**31)),
+        *((4, 32), (5, 0), (6, 2**31), (1, 160), (1, 2**32)),  # only mxfp8 rows are padded
     ],
 )
 def test_wrong_shapes(window, at, value):
@@ -159,6 +159,31 @@ def test_y_has_the_dtype_of_the_combine_wire(window):
     y, out = torch.zeros(2, 4, 128).half(), torch.zeros(3, 128).half()
     with pytest.raises(ValueError, match="dtype of the combine wire"):
         cpu_library().combine(endpoint, y, out, 0)
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong", "text"),
+    [
+        (0, torch.zeros(3, 64), "rows"),
+        (0, torch.zeros(3, 128, dtype=torch.int32), "floating"),
+        (0, torch.zeros(3, 128).half(), "out has the dtype"),
+        (0, torch.zeros(4, 128), "row_weights"),
+        (1, torch.zeros(15, dtype=torch.int32), "positions"),
+        (1, torch.zeros(16), "positions"),
+        (1, torch.zeros(8, 4, dtype=torch.int32)[:, ::2], "positions"),
+        (2, torch.zeros(3).double(), "row_weights"),
+        (3, torch.zeros(4, 128), "out"),
+    ],
+)
+def test_wrong_grouped_rows(window, at, wrong, text):
+    endpoint = opened(window)
+    assert dispatch(endpoint) == 0
+    good = [torch.ones(3, 128), torch.full((8, 2), -1).int(), torch.ones(3), torch.zeros(3, 128)]
+    given = [*good[:at], wrong, *good[at + 1 :]]
+    with pytest.raises(ValueError, match=text):
+        cpu_library().combine_grouped(endpoint, *given, 0)
+    good[1][0] = torch.tensor([3, -7])  # past the rows: no address is made of it
+    assert cpu_library().combine_grouped(endpoint, *good, 10**9) in (0, 1)
 
 
 @pytest.mark.parametrize("seed", range(4))
