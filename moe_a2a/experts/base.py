@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_a2a.experts.weights import ExpertWeights
     from moe_a2a.spec import Spec
 
-__all__ = ["Experts", "check_call", "output_dtype", "wire_misfit"]
+__all__ = ["Experts", "Held", "check_call", "output_dtype", "wire_misfit"]
 
 _OUTPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -77,6 +77,15 @@ class Experts(Protocol):
         """
 
 
+class Held(Protocol):
+    """What a call is checked against: `ExpertWeights`, or what a backend made of them."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def check_fits(self, spec: Spec, ep_rank: int | None = None) -> None: ...
+
+
 def output_dtype(spec: Spec) -> torch.dtype:
     """What experts return without ``out``: the combine wire's dtype, bf16 if that is quantized."""
     return _OUTPUTS.get(spec.combine_wire, torch.bfloat16)
@@ -101,16 +110,8 @@ def wire_misfit(experts: object, spec: Spec) -> str | None:
     return None
 
 
-def check_call(
-    spec: Spec,
-    recv: object,
-    weights: ExpertWeights,
-    out: object,
-    device: torch.device | None = None,
-) -> Received:
+def check_call(spec: Spec, recv: object, weights: Held, out: object) -> Received:
     """Raises what `Experts.__call__` documents.
-
-    ``device``: where the weights are, if ``weights`` has their sizes alone, on meta.
 
     Returns:
         ``recv``.
@@ -120,9 +121,8 @@ def check_call(
     if recv.spec != spec:
         raise PayloadError(f"recv is of {recv.spec}: these experts are for {spec}")
     weights.check_fits(spec, recv.ep_rank)
-    there = weights.device if device is None else device
-    if recv.x.device != there:
-        raise PayloadError(f"recv.x is on {recv.x.device}: the weights are on {there}")
+    if recv.x.device != weights.device:
+        raise PayloadError(f"recv.x is on {recv.x.device}: the weights are on {weights.device}")
     if out is None:
         return recv
     shape = (spec.ep_size, recv.x.shape[1], spec.hidden_size)

@@ -59,6 +59,14 @@ class Prepared(NamedTuple):
     limit: Tensor
 
 
+class _Sizes(NamedTuple):
+    of: ExpertWeights  # on meta
+    device: torch.device
+
+    def check_fits(self, spec: Spec, ep_rank: int | None = None) -> None:
+        self.of.check_fits(spec, ep_rank)
+
+
 class FlashInferSm90:
     """The experts of one rank on `flashinfer.fused_moe.cutlass_fused_moe`.
 
@@ -91,7 +99,7 @@ class FlashInferSm90:
         if refused is not None:
             raise GeometryError(f"weights of {self.name}: {refused}")
         # Their sizes: what was given need not stay beside what the kernels read.
-        self.spec, self._sizes, self._device = spec, weights.to("meta"), weights.device
+        self.spec, self._sizes = spec, _Sizes(weights.to("meta"), weights.device)
         self.invalid_expert_id = spec.invalid_expert_id
         self.hidden_dim_unpadded = spec.hidden_size
         self._kernels = _kernels()
@@ -113,13 +121,13 @@ class FlashInferSm90:
     @torch.no_grad()
     def __call__(self, recv: Received, *, out: Tensor | None = None) -> Tensor:
         """As `moe_a2a.experts.base.Experts`."""
-        recv = check_call(self.spec, recv, self._sizes, out, self._device)
+        recv = check_call(self.spec, recv, self._sizes, out)
         shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
         if out is None:
             out = torch.empty(shape, dtype=output_dtype(self.spec), device=recv.x.device)
         if not out.numel():
             return out
-        if not self._sizes.num_experts:
+        if not self._sizes.of.num_experts:
             return out.zero_()
         width = self._prepared.w2.shape[1]
         direct = out.dtype == torch.bfloat16 and out.is_contiguous() and width == shape[2]

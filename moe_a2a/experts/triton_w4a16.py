@@ -1,0 +1,124 @@
+"""MXFP4 weights and bf16 activations, wherever Triton runs: W4A16.
+
+H hidden_size, W ep_size, R runtime_max_tokens.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from moe_a2a.errors import GeometryError
+from moe_a2a.experts.base import check_call, output_dtype
+from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.formats import FORMATS
+from moe_a2a.wording import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_a2a.experts.tiles import Tiles
+    from moe_a2a.received import Received
+    from moe_a2a.spec import Spec
+
+__all__ = ["TritonW4A16", "without_triton"]
+
+_LEAST_TRITON = (3, 4)
+_LEAST_CAPABILITY = (8, 0)  # bf16 units
+
+
+def without_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels can't run on that device; None where they can."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed: pip install 'moe-a2a[cuda]'"
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < _LEAST_TRITON:
+        return f"triton {found} is installed, {'.'.join(map(str, _LEAST_TRITON))} is needed"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} has no bf16 units, 8.0 has"
+    return None
+
+
+class TritonW4A16:
+    """The experts of one rank; weights are decoded in registers.
+
+    ``h = x @ w13 + b13`` with fp32 accumulation, the activation in fp32, its result rounded to
+    bf16, ``y = h @ w2 + b2`` in fp32. Decoded weights are bf16 exactly, so but for the order of
+    additions this is what ``Emulated(..., activations="bf16")`` computes. It never waits for the
+    device and can be captured in a CUDA graph.
+
+    A call takes memory for as many rows as could arrive, L = W*R*min(top_k, experts) and the
+    alignment: 2 bytes of each of I and 4 of each of H columns. Weights are kept in an order of
+    their own, as many bytes: drop yours to have them once.
+
+    Args:
+        spec: of the exchange.
+        device: of weights and rows.
+        weights: mxfp4, of this rank's experts.
+        tiles: how products are cut into programs; None is a table's choice for the rows that an
+            expert can be expected to have, W*R*top_k / num_experts.
+
+    Raises:
+        GeometryError: weights that don't fit the Spec, or of another format.
+        PayloadError: weights on another device.
+    """
+
+    name: ClassVar[str] = "triton_w4a16"
+    device_types: ClassVar[tuple[str, ...]] = ("cuda",)
+    accepts: ClassVar[tuple[str, ...]] = tuple(FORMATS)
+    expects_unquantized_inputs: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        spec: Spec,
+        device: torch.device | str,
+        weights: ExpertWeights,
+        *,
+        tiles: Tiles | None = None,
+    ) -> None:
+        if not isinstance(weights, ExpertWeights):
+            raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
+        weights.check_fits(spec)
+        weights.check_on(device)
+        reason = _other_format(weights)
+        if reason is not None:
+            raise GeometryError(reason)
+        from moe_a2a.experts.grouped_experts import GroupedExperts
+
+        self.spec, self.tiles = spec, tiles
+        self.invalid_expert_id = spec.invalid_expert_id
+        self.hidden_dim_unpadded = spec.hidden_size
+        self._experts = GroupedExperts(weights)
+
+    @staticmethod
+    def unusable(
+        spec: Spec | None, device: torch.device, weights: ExpertWeights | None
+    ) -> str | None:
+        missing = without_triton(device)
+        if missing is not None or weights is None:
+            return missing
+        return _other_format(weights)
+
+    @torch.no_grad()
+    def __call__(self, recv: Received, *, out: Tensor | None = None) -> Tensor:
+        """As `moe_a2a.experts.base.Experts`; rows of other wires are decoded to bf16 first."""
+        recv = check_call(self.spec, recv, self._experts, out)
+        plain = recv.x.dtype == torch.bfloat16
+        x = recv.x if plain else recv.dequantize(torch.bfloat16)
+        if out is None:
+            shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
+            out = torch.empty(shape, dtype=output_dtype(self.spec), device=x.device)
+        return self._experts(x.flatten(0, 1), recv, out, tiles=self.tiles)
+
+
+def _other_format(weights: ExpertWeights) -> str | None:
+    found = dict.fromkeys((weights.w13.format, weights.w2.format))
+    if tuple(found) == ("mxfp4",):
+        return None
+    return f"computes with mxfp4 weights, not {' and '.join(found)}"

@@ -1,0 +1,87 @@
+"""Every Triton kernel compiles for Hopper and Blackwell, and to the instructions meant."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (extra `cuda`)")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from moe_a2a.experts import tiles
+from tests.triton_builds import built, loop_of
+
+ARCHITECTURES = {90: "sm_90a", 100: "sm_100a"}
+SHARED = 227 * 1024  # bytes that one program can have
+
+
+def gemm(arch, tile, *, gated, form="mxfp4", wide=False, bias=True, n=2048, k=7168, x_columns=None):
+    from moe_a2a.experts.triton_gemm import grouped_gemm
+
+    types = {
+        "x": "*bf16", "row_index": "*i32", "expert_offsets": "*i32", "words": "*i32",
+        "scales": "*i32", "out": "*bf16" if gated else "*fp32", "length": "i32", "x_stride": "i32",
+        "out_stride": "i32",
+    }  # fmt: skip
+    constants = {
+        "decode_scale": None, "bias": None, "experts": 32, "experts_up": 32, "n": n, "k": k,
+        "x_columns": x_columns or k, "out_columns": n, "gather": gated, "gated": gated,
+        "alpha": 1.702, "beta": 1.0, "limit": 7.0 if bias else None, "nvfp4": form == "nvfp4",
+        "wide": wide, "block_m": tile.block_m, "block_n": tile.block_n, "group_m": tile.group_m,
+        "warps": tile.warps,
+    }  # fmt: skip
+    for name in ("decode_scale",) * (form == "nvfp4") + ("bias",) * bias:
+        del constants[name]
+        types[name] = "*fp32"
+    return built(grouped_gemm, types, constants, arch=arch, warps=tile.warps, stages=tile.stages)
+
+
+TABLE = [
+    pytest.param(getattr(pair, part), part == "gate_up", id=f"{part}-{at}")
+    for at, (_, pair) in enumerate(tiles._TABLE)
+    for part in ("gate_up", "down")
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("tile", "gated"), TABLE)
+def test_the_tiles_of_the_table(arch, tile, gated):
+    made = gemm(arch, tile, gated=gated)
+    assert made.target == ARCHITECTURES[arch]
+    assert made.shared <= SHARED
+    assert made.stack == 0, "registers are spilled"
+    if arch != 90:
+        return
+    loop = loop_of(made.ptx)
+    assert loop.count("wgmma.mma_async") == 8 * (1 + gated) * max(
+        1, tile.block_n // 16 // tile.warps
+    )
+    # Decoded weights go from registers to the tensor core: no thread hands any to another one.
+    for exchange in ("st.shared", "shfl", "prmt"):
+        assert exchange not in loop, exchange
+    assert loop.count("mul.rn.bf16x2") == (1 + gated) * tile.block_n * 128 // 2 // 32 // tile.warps
+    assert "cp.async" in loop, "loads are not pipelined"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("form", ["nvfp4", "wide"])
+def test_other_ways_to_decode(arch, form):
+    tile = tiles.Tile(32, 64, 4, 3)
+    more = {"form": form} if form == "nvfp4" else {"wide": True}
+    made = gemm(arch, tile, gated=True, bias=False, x_columns=7168 - 32, **more)
+    assert made.stack == 0
+    assert made.target == ARCHITECTURES[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_sum_has_no_fused_multiply_add(arch):
+    from moe_a2a.experts.triton_sum import weighted_sum
+
+    types = {"rows": "*fp32", "positions": "*i32", "weights": "*fp32", "out": "*bf16",
+             "rows_stride": "i32", "weights_stride": "i32", "out_stride": "i32"}  # fmt: skip
+    constants = {"hidden": 7168, "top_k": 8, "top_k_up": 8, "block": 1024}
+    made = built(weighted_sum, types, constants, arch=arch, warps=4)
+    assert "mul.f32" in made.ptx.replace(".rn", "")
+    assert "fma" not in made.ptx
