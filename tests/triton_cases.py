@@ -252,3 +252,30 @@ def test_w4a16_pads_weights(sizes):
     held = weights(hidden=hidden, inner=inner)
     got = computed(lambda *given: TritonW4A16(*given, tiles=SMALL), spec, held)
     assert oracle.far_rows(got, foreseen(spec, held, "bf16"), 2e-6) == 0
+
+
+@pytest.mark.parametrize(
+    ("wire", "form", "activations"),
+    [("bf16", "mxfp4", "mxfp4"), ("nvfp4", "nvfp4", "nvfp4"), ("mxfp8", "nvfp4", "fp8"),
+     ("fp8", "mxfp4", "bf16")],
+)  # fmt: skip
+def test_emulated_decodes_in_kernels(wire, form, activations, monkeypatch):
+    from moe_a2a.experts import emulated, grouped_experts
+
+    monkeypatch.setattr(emulated, "decodes_in_kernels", lambda weights: True)
+    used = []
+    multiply = grouped_experts.multiply
+    monkeypatch.setattr(
+        grouped_experts, "multiply", lambda *a, **k: (used.append(a), multiply(*a, **k))
+    )
+    scales = {"w13_input_scale": torch.full((E,), GS), "w2_input_scale": torch.full((E,), GS / 3)}
+    spec, held = Spec(1, E, 3, H, T, wire=wire), weights(form, **scales)
+
+    def build(*given):
+        return emulated.Emulated(*given, activations=activations, rule="even")
+
+    got = computed(build, spec, held)
+    assert used, "the plain path was taken"
+    gs = tuple(float(np.float32(1) / np.float32(scale)) for scale in (GS, GS / 3))
+    wanted = foreseen(spec, held, activations, "even", gs)
+    assert oracle.far_rows(got, wanted, 2e-6) <= 1

@@ -1,7 +1,8 @@
 """Experts in plain torch, for hardware that lacks the formats: right on any device, fast on none.
 
 Rows and weights are quantized and decoded exactly as hardware would see them, then multiplied as
-bf16 with fp32 accumulation. One expert at a time is expanded in memory, as fp32.
+bf16 with fp32 accumulation. One expert at a time is expanded in memory, as fp32; four-bit weights
+on CUDA are not, where Triton is installed.
 n rows of one expert, K top_k, H hidden_size, I intermediate size, W ep_size, R runtime_max_tokens.
 """
 
@@ -13,8 +14,10 @@ import torch
 
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts.base import check_call, output_dtype
+from moe_a2a.experts.four_bits import FORMATS as FOUR_BITS
 from moe_a2a.experts.input_scale import shared_encode_scale
 from moe_a2a.experts.matrix import weight_format
+from moe_a2a.experts.triton_w4a16 import without_triton
 from moe_a2a.experts.weights import ExpertWeights
 from moe_a2a.formats import FORMATS
 from moe_a2a.wording import shown
@@ -38,8 +41,9 @@ class Emulated:
     For a row x of an expert: x is quantized to the activation format and decoded, unless it arrived
     in that format; ``h = x @ w13 + b13``; the activation in fp32, its result rounded to bf16;
     quantized and decoded again; ``y = h @ w2 + b2``, in fp32. What enters a product is rounded to
-    bf16 (not with fp32 weights), and accumulated in fp32. On CUDA the host waits for the device, so
-    it can't be captured in a graph.
+    bf16 (not with fp32 weights), and accumulated in fp32. On CUDA mxfp4 and nvfp4 weights are
+    decoded inside a Triton kernel and the host never waits; with other weights, or without Triton,
+    it waits for the device, so that a call can't be captured in a graph.
 
     Args:
         spec: of the exchange.
@@ -76,6 +80,12 @@ class Emulated:
         weights.check_fits(spec)
         weights.check_on(device)
         self.spec, self.weights = spec, weights
+        self._in_kernels = None
+        if decodes_in_kernels(weights):
+            from moe_a2a.experts.grouped_experts import GroupedExperts
+
+            self._in_kernels = GroupedExperts(weights)
+            self.weights = weights.to("meta")  # sizes; the bytes are there in another order
         self.invalid_expert_id = spec.invalid_expert_id
         self.hidden_dim_unpadded = spec.hidden_size
         inputs = (
@@ -96,11 +106,13 @@ class Emulated:
     @torch.no_grad()
     def __call__(self, recv: Received, *, out: Tensor | None = None) -> Tensor:
         """As `moe_a2a.experts.base.Experts`."""
-        recv = check_call(self.spec, recv, self.weights, out)
+        recv = check_call(self.spec, recv, self._in_kernels or self.weights, out)
         local = recv.local_ids().flatten(0, 1)  # [W*R, K]
         router = recv.topk_weights.flatten(0, 1)
         arrived = None if recv.deferred else self.spec.wire
         decoded = recv.dequantize().flatten(0, 1)
+        if self._in_kernels is not None:
+            return self._grouped(decoded, arrived, recv, out)
         total = torch.zeros_like(decoded)
         for expert in range(self.weights.num_experts):
             hit = local == expert
@@ -113,10 +125,27 @@ class Emulated:
                 at = rows[chose]
                 # No row occurs twice in `at`, so nothing hangs on the order of these stores.
                 total[at] = total[at] + y[chose] * router[at, choice].unsqueeze(-1)
+        out = self._output(recv, out)
+        return out.copy_(total.view(out.shape))
+
+    def _output(self, recv: Received, out: Tensor | None) -> Tensor:
         shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
-        if out is None:
-            out = torch.empty(shape, dtype=output_dtype(self.spec), device=total.device)
-        return out.copy_(total.view(shape))
+        if out is not None:
+            return out
+        return torch.empty(shape, dtype=output_dtype(self.spec), device=recv.topk_ids.device)
+
+    def _grouped(
+        self, decoded: Tensor, arrived: str | None, recv: Received, out: Tensor | None
+    ) -> Tensor:
+        """All experts at once; rows of gaps and padding are quantized too, and never looked at."""
+        assert self._in_kernels is not None
+
+        def seen(h: Tensor) -> Tensor:
+            return self._w2_input.seen_by_hardware(h.to(torch.float32), None).to(torch.bfloat16)
+
+        x = torch.nn.functional.pad(decoded, (0, self.weights.w13.columns - decoded.shape[1]))
+        x = self._w13_input.seen_by_hardware(x, arrived).to(torch.bfloat16)
+        return self._in_kernels(x, recv, self._output(recv, out), between=seen)
 
     def _expert(self, expert: int, x: Tensor, arrived: str | None) -> Tensor:
         """fp32 [n, H] -> fp32 [n, H]; ``arrived`` is the wire's format, None for bf16."""
@@ -128,6 +157,12 @@ class Emulated:
             h = _bf16(h)
         h = self._w2_input.seen_by_hardware(h, None)
         return _product(h, weights.w2, weights.b2, expert)[:, : self.hidden_dim_unpadded]
+
+
+def decodes_in_kernels(weights: ExpertWeights) -> bool:
+    """Whether a Triton kernel can take these weights as they are packed."""
+    known = {weights.w13.format, weights.w2.format} <= set(FOUR_BITS)
+    return known and weights.device.type == "cuda" and without_triton(weights.device) is None
 
 
 class _Input:
