@@ -25,13 +25,13 @@ class Built(NamedTuple):
 
 
 def built(kernel, types, constants, *, arch, warps, stages=3):
-    """`types` by argument, pointers and integers that 16 divides; `constants` are the others."""
+    """`types` by argument (16 divides pointers and strides); `constants` are all others."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     assert set(signature) == set(types) | set(constants), "arguments"
     whole = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(kernel.arg_names)
-        if name in types and types[name] != "fp32"
+        if types.get(name, "").startswith("*") or name.endswith("stride")
     }
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     source = ASTSource(kernel, signature, dict(constants), whole)

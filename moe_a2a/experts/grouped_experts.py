@@ -146,14 +146,14 @@ def multiply(
         "limit": limit if math.isfinite(limit) else None,
         "nvfp4": matrix.format == "nvfp4",
         "wide": matrix.wide,
+        "far": len(x) * x.stride(0) >= 2**31,
         "block_m": tile.block_m,
         "block_n": tile.block_n,
-        "group_m": tile.group_m,
         "warps": tile.warps,
     }
     grouped_gemm[(tiles_m * (rows // tile.block_n),)](
         x, grouped.row_index, grouped.expert_offsets, matrix.words, matrix.scales,
-        matrix.decode_scale, bias, out, length, x.stride(0), out.stride(0),
+        matrix.decode_scale, bias, out, length, x.stride(0), out.stride(0), tile.group_m,
         **given, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -165,7 +165,7 @@ def activated(gate, up, alpha: tl.constexpr, beta: tl.constexpr, limit: tl.const
 @triton.jit
 def tile_of(
     pid, expert_offsets, experts: tl.constexpr, experts_up: tl.constexpr,
-    tiles_n: tl.constexpr, block_m: tl.constexpr, group_m: tl.constexpr,
+    tiles_n: tl.constexpr, block_m: tl.constexpr, group_m,
 ):  # fmt: skip
     """First row, tile of columns and expert of a program; no rows are left where expert = E.
 
@@ -182,18 +182,19 @@ def tile_of(
 @triton.jit
 def grouped_gemm(
     x, row_index, expert_offsets, words, scales, decode_scale, bias, out,
-    length, x_stride, out_stride,
+    length, x_stride, out_stride, group_m,
     experts: tl.constexpr, experts_up: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
     x_columns: tl.constexpr, out_columns: tl.constexpr, gather: tl.constexpr,
     gated: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr, limit: tl.constexpr,
-    nvfp4: tl.constexpr, wide: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    group_m: tl.constexpr, warps: tl.constexpr,
+    nvfp4: tl.constexpr, wide: tl.constexpr, far: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr, warps: tl.constexpr,
 ):  # fmt: skip
     """out [L, n] = x @ w.T + bias of each row's expert; gated: the activation of both halves.
 
     Rows of ``out`` whose row_index is -1 stay as they are, and rows of x are read only where it is
     not. x: bf16, [rows, x_columns] by row_index where ``gather``, else [L, x_columns]; columns of w
-    past x_columns meet zeros. bias: fp32 [E, n] ([E, 2n] gated) or None.
+    past x_columns meet zeros. ``far``: x has more than 2^31 elements.
+    bias: fp32 [E, n] ([E, 2n] gated) or None.
     """
     start, tile, expert = tile_of(
         tl.program_id(0), expert_offsets, experts, experts_up, n // block_n, block_m, group_m
@@ -207,7 +208,10 @@ def grouped_gemm(
     live = rows >= 0
     source = tl.where(live, rows, 0) if gather else at
     columns = tl.arange(0, 128)
-    x_at = x + source.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    if far:
+        source = source.to(tl.int64)
+    # One base that moves and offsets that don't take half the registers of pointers.
+    offsets = source[:, None] * x_stride + columns[None, :]
     parts: tl.constexpr = 2 if gated else 1
     planes: tl.constexpr = 2 if nvfp4 else 1
     chunk_rows: tl.constexpr = n * parts
@@ -222,7 +226,7 @@ def grouped_gemm(
         wanted = live[:, None]
         if x_columns < k:
             wanted = wanted & (columns[None, :] < x_columns - chunk * 128)
-        xs = tl.load(x_at, mask=wanted, other=0.0).T
+        xs = tl.load(x + offsets, mask=wanted, other=0.0).T
         w = tl.load(w_at).to(tl.uint32, bitcast=True)
         f = _factors(tl.load(s_at).to(tl.uint32, bitcast=True), nvfp4, wide)
         f2 = f
@@ -237,7 +241,7 @@ def grouped_gemm(
                 s = tl.load(s_at + chunk_rows + n).to(tl.uint32, bitcast=True)
                 f2 = _factors(s, nvfp4, wide)
             upper = _product(_decode(w, f, f2, g, nvfp4, wide, warps), xs, upper)
-        x_at += 128
+        x += 128
         w_at += chunk_rows * 16
         s_at += chunk_rows * planes
     w_rows = tile * block_n + tl.arange(0, block_n)
