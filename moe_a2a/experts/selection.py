@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["EXPERTS", "explain", "load", "reasons", "select"]
 
 EXPERTS = {
+    "mxfp4_w4a4": "moe_a2a.experts.mxfp4_w4a4:Mxfp4W4A4",
     "triton_w4a16": "moe_a2a.experts.triton_w4a16:TritonW4A16",
     # Reported against Marlin, by rows of a call: 12 to 15 % slower up to 64, a tie near 256, 24 to
     # 36 % faster from 1024 on. So it is for prefill: `auto` comes to it only where no line above

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
 
-__all__ = ["TritonW4A16", "without_triton"]
+__all__ = ["TritonW4A16", "other_format", "without_triton"]
 
 _LEAST_TRITON = (3, 4)
 _LEAST_CAPABILITY = (8, 0)  # bf16 units
@@ -86,7 +86,7 @@ class TritonW4A16:
             raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
         weights.check_fits(spec)
         weights.check_on(device)
-        reason = _other_format(weights)
+        reason = other_format(weights)
         if reason is not None:
             raise GeometryError(reason)
         from moe_a2a.experts.grouped_experts import GroupedExperts
@@ -103,7 +103,7 @@ class TritonW4A16:
         missing = without_triton(device)
         if missing is not None or weights is None:
             return missing
-        return _other_format(weights)
+        return other_format(weights)
 
     @torch.no_grad()
     def __call__(self, recv: Received, *, out: Tensor | None = None) -> Tensor:
@@ -117,7 +117,8 @@ class TritonW4A16:
         return self._experts(x.flatten(0, 1), recv, out, tiles=self.tiles)
 
 
-def _other_format(weights: ExpertWeights) -> str | None:
+def other_format(weights: ExpertWeights) -> str | None:
+    """What these weights are, unless both matrices are mxfp4."""
     found = dict.fromkeys((weights.w13.format, weights.w2.format))
     if tuple(found) == ("mxfp4",):
         return None

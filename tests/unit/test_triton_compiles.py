@@ -85,3 +85,51 @@ def test_the_sum_has_no_fused_multiply_add(arch):
     made = built(weighted_sum, types, constants, arch=arch, warps=4)
     assert "mul.f32" in made.ptx.replace(".rn", "")
     assert "fma" not in made.ptx
+
+
+def scaled(arch, block_k=256, warps=8):
+    from moe_a2a.experts.triton_mxfp4 import scaled_gemm
+
+    types = {
+        "codes": "*u8", "code_scales": "*u8", "row_index": "*i32", "expert_offsets": "*i32",
+        "payload": "*u8", "scales": "*u8", "bias": "*fp32", "out": "*fp32", "length": "i32",
+        "out_stride": "i32", "group_m": "i32",
+    }  # fmt: skip
+    constants = {"experts": 32, "experts_up": 32, "n": 4096, "k": 7168, "out_columns": 4096,
+                 "block_k": block_k}  # fmt: skip
+    return built(scaled_gemm, types, constants, arch=arch, warps=warps, stages=3)
+
+
+@pytest.mark.parametrize("block_k", [128, 256])
+def test_w4a4_uses_the_tensor_cores_of_blackwell(block_k):
+    made = scaled(100, block_k)
+    assert made.target == "sm_100a"
+    assert made.shared <= SHARED
+    # Both operands as codes with E8M0 scales of 32 columns, neither decoded.
+    assert "kind::mxf4.block_scale" in made.ptx
+    assert "cvt.rn.f16x2.e2m1x2" not in made.ptx
+    assert made.stack == 0
+
+
+def test_w4a4_is_decoded_on_hopper():
+    made = scaled(90)
+    assert made.target == "sm_90a"
+    assert "wgmma.mma_async" in made.ptx
+    assert made.shared <= SHARED
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_quantizing(arch):
+    from moe_a2a.experts.triton_mxfp4 import activate_and_quantize, quantize_rows
+
+    types = {"x": "*bf16", "row_index": "*i32", "expert_offsets": "*i32", "codes": "*u8",
+             "scales": "*u8", "length": "i32", "x_stride": "i32"}  # fmt: skip
+    constants = {"experts": 32, "k": 7168, "x_columns": 7168, "rows": 32, "columns": 128}
+    made = built(quantize_rows, types, constants, arch=arch, warps=4)
+    assert (made.target, made.stack) == (ARCHITECTURES[arch], 0)
+    del types["x"], types["x_stride"], constants["x_columns"]
+    types["gate_up"] = "*fp32"
+    constants |= {"alpha": 1.702, "beta": 1.0, "limit": 7.0}
+    made = built(activate_and_quantize, types, constants, arch=arch, warps=4)
+    assert (made.target, made.stack) == (ARCHITECTURES[arch], 0)
+    assert "fma" not in made.ptx
