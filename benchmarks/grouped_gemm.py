@@ -11,8 +11,11 @@ gate_up adds the activation; torch's finds its rows gathered and stops at the pr
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -59,6 +62,13 @@ class Weights(NamedTuple):
 
     packed: Arranged
     plain: Tensor  # bf16
+
+
+class Bench(NamedTuple):
+    shape: Shape
+    weights: dict[str, Weights]
+    flush: Tensor  # uint8 [FLUSHED]
+    replays: int
 
 
 class Routed(NamedTuple):
@@ -211,22 +221,56 @@ def bounds(product: Product, routed: Routed) -> tuple[float, float]:
 
 def candidates(tokens: int, gated: bool) -> Iterator[Tile]:
     rows = tokens // 4  # of each expert, on average
-    blocks = [m for m in (16, 32, 64, 128, 256) if rows / 2 <= m <= max(32, 2 * rows)] or [128, 256]
+    blocks = [m for m in (16, 32, 64, 128, 256) if rows / 2 <= m <= max(32, 2 * rows)]
     for m, (n, warps), stages, group_m in itertools.product(
-        blocks, ((64, 4), (128, 4), (128, 8)), (2, 3, 4, 5, 6), (1, 4, 8, 16)
+        blocks or [128, 256], ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 5), (1, 8)
     ):
         loads = stages * (m * 256 + n * 68 * (1 + gated))
         registers = m * n * (1 + gated) / (32 * warps)
-        crowded = registers > 128 or loads > 220 << 10
-        if crowded or (group_m > 1 and m < 64) or (m >= 128 and stages > 4) or stages < 3 > m:
+        known = stages in ((2, 3, 4) if m > 64 else (3, 4, 5))
+        if registers > 128 or loads > 220 << 10 or not known:
             continue
-        if group_m == 1 and m >= 128:
-            continue
-        yield Tile(m, n, warps, stages, group_m)
+        if (group_m == 1) == (m <= 64):  # few rows share nothing, many do
+            yield Tile(m, n, warps, stages, group_m)
 
 
-def measure(shape: Shape, weights: dict[str, Weights], tokens: int, replays: int) -> list[Any]:
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+def compile_tile(shape: Shape, tile: Tile, gated: bool) -> None:
+    """In a process of its own; what it compiles is found in Triton's cache by all others."""
+    columns, rows = shape.hidden, 2 * shape.inner
+    if not gated:
+        columns, rows = shape.inner, shape.hidden
+
+    def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="cuda")
+
+    words = empty(1, columns // 128, rows, 16).expand(shape.local, -1, -1, -1)
+    packed = Arranged(words, empty(1), "mxfp4", None, False)
+    none = torch.zeros(shape.local + 1, dtype=torch.int32, device="cuda")
+    grouped = Grouped(empty(1024).fill_(-1), none, empty(1024), empty(1))
+    dtype = torch.bfloat16 if gated else torch.float32
+    out = empty(1024, rows // (1 + gated), dtype=dtype)
+    x = empty(1024, columns, dtype=torch.bfloat16)
+    activation = SILU if gated else None
+    multiply(x, grouped, packed, out, tile, activation=activation, gather=gated)
+
+
+def compile_all(shape: Shape, sizes: list[int], seconds: float) -> None:
+    """Compiles all candidates at once, which takes longer than to time them."""
+    both = itertools.product(sizes, (True, False))
+    wanted = {(tile, gated) for tokens, gated in both for tile in candidates(tokens, gated)}
+    begun = time.monotonic()
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = [pool.submit(compile_tile, shape, *one) for one in sorted(wanted, key=str)]
+        concurrent.futures.wait(waiting, timeout=seconds)
+        for one in waiting:
+            one.cancel()
+    print(f"{len(wanted)} candidates compiled in {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def measure(bench: Bench, tokens: int) -> list[Any]:
+    shape, weights, flush, replays = bench
     routed = route(shape, tokens, "cuda")
     tiles = tiles_for(tokens * shape.ep_size * shape.top_k / shape.experts)
     grouped = grouped_for(routed, shape, tiles.align)
@@ -245,19 +289,13 @@ def measure(shape: Shape, weights: dict[str, Weights], tokens: int, replays: int
                 "torch_bound_us": least_plain, "distance": distance, "tile": asdict(tile),
             }
         )  # fmt: skip
-    lines.append(layer(shape, weights, routed, tokens, replays, flush))
+    lines.append(layer(bench, routed, tokens))
     return lines
 
 
-def layer(
-    shape: Shape,
-    weights: dict[str, Weights],
-    routed: Routed,
-    tokens: int,
-    replays: int,
-    flush: Tensor,
-) -> dict[str, Any]:
+def layer(bench: Bench, routed: Routed, tokens: int) -> dict[str, Any]:
     """Grouping, both products and the sum; the first and the last by themselves too."""
+    shape, weights, flush, replays = bench
     tiles = tiles_for(tokens * shape.ep_size * shape.top_k / shape.experts)
     y = routed.x.new_empty((1, len(routed.x), shape.hidden))
     grouped = grouped_for(routed, shape, tiles.align)
@@ -280,19 +318,20 @@ def layer(
     }
 
 
-def sweep(shape: Shape, weights: dict[str, Weights], sizes: list[int], until: float) -> list[Any]:
+def sweep(bench: Bench, sizes: list[int], until: float) -> list[Any]:
     """The best tiles of each size, as long as there is time."""
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
-    best = []
+    best: list[Any] = []
+    if sizes:
+        compile_all(bench.shape, sizes, (until - time.monotonic()) / 2)
     for tokens in sorted(sizes, key=(*SWEPT_FIRST, *sizes).index):
-        routed = route(shape, tokens, "cuda")
+        routed = route(bench.shape, tokens, "cuda")
         for gated in (True, False):
             found = []
             for tile in candidates(tokens, gated):
                 if time.monotonic() > until:
                     break
                 try:
-                    found.append((sweep_one(shape, weights, routed, tile, gated, flush), tile))
+                    found.append((sweep_one(bench, routed, tile, gated), tile))
                 except Exception as error:  # too much shared memory, say
                     print(f"  {tile}: {type(error).__name__} {str(error)[:80]}", flush=True)
             for us, tile in sorted(found, key=lambda pair: pair[0])[:4]:
@@ -302,14 +341,8 @@ def sweep(shape: Shape, weights: dict[str, Weights], sizes: list[int], until: fl
     return best
 
 
-def sweep_one(
-    shape: Shape,
-    weights: dict[str, Weights],
-    routed: Routed,
-    tile: Tile,
-    gated: bool,
-    flush: Tensor,
-) -> float:
+def sweep_one(bench: Bench, routed: Routed, tile: Tile, gated: bool) -> float:
+    shape, weights, flush, _ = bench
     grouped = grouped_for(routed, shape, tile.block_m)
     product = products(shape, weights, routed, tile.block_m)[0 if gated else 1]
     out = output(product, grouped)
@@ -342,19 +375,19 @@ def main() -> int:
     arguments = parser.parse_args()
     begun = time.monotonic()
     if not torch.cuda.is_available():
-        print("no CUDA device", file=sys.stderr)
-        return 1
+        sys.exit("no CUDA device")
     torch.manual_seed(0)
     shape = Shape()
-    weights = make_weights(shape, "cuda")
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+    bench = Bench(shape, make_weights(shape, "cuda"), flush, arguments.replays)
     lines: list[Any] = []
     with torch.no_grad():
         for tokens in arguments.tokens:
-            lines += measure(shape, weights, tokens, arguments.replays)
+            lines += measure(bench, tokens)
         print_lines(lines)
         print(f"measured in {time.monotonic() - begun:.0f} s", flush=True)
         sizes = arguments.tokens if arguments.sweep else []
-        best = sweep(shape, weights, sizes, begun + arguments.seconds)
+        best = sweep(bench, sizes, begun + arguments.seconds)
     if arguments.out:
         facts = {**circumstances(sys.argv[1:]), "gpu": torch.cuda.get_device_name()}
         document = {**facts, "shape": asdict(shape), "lines": lines, "sweep": best}

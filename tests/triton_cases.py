@@ -27,6 +27,8 @@ from tests.formats_cases import raw
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 E, H, INNER, T = 4, 192, 128, 6
+# Tensor cores add up fp32 with a few bits less than numpy.
+CLOSE = 1e-12 if DEVICE == "cpu" else 1e-10
 SMALL = Tiles(Tile(16, 64, 4, 2), Tile(32, 128, 4, 2, 2))
 
 
@@ -97,7 +99,7 @@ def test_every_code_under_every_scale(form):
 
 
 @pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 3, 2), Tile(64, 128, 4, 2), Tile(16, 128, 8, 2)])
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 3, 2), Tile(32, 128, 4, 2), Tile(16, 256, 8, 2)])
 def test_products_of_grouped_rows(form, tile):
     matrix = ExpertMatrix.quantize(
         floats(E, 256, 256, seed=1) * 2.0 ** torch.arange(4)[:, None, None], form
@@ -108,7 +110,7 @@ def test_products_of_grouped_rows(form, tile):
     out, where = multiplied(matrix, x, ids, tile, bias=floats(E, 256, seed=3).to(DEVICE))
     assert sum(which is not None for which in where) == 14
     w, b = oracle.bf16(decoded(matrix)), floats(E, 256, seed=3).double().numpy()
-    check_rows(out, where, lambda row, e: w[e] @ x[row].double().numpy() + b[e], 1e-12)
+    check_rows(out, where, lambda row, e: w[e] @ x[row].double().numpy() + b[e], CLOSE)
 
 
 def test_fewer_columns_in_and_out():
@@ -116,7 +118,7 @@ def test_fewer_columns_in_and_out():
     x = floats(3, 160, seed=2)
     out, where = multiplied(matrix, x, [[0], [1], [1]], Tile(16, 64, 4, 2), columns=96)
     w = decoded(matrix)[:, :96, :160]
-    check_rows(out, where, lambda row, e: w[e] @ x[row].double().numpy(), 1e-12)
+    check_rows(out, where, lambda row, e: w[e] @ x[row].double().numpy(), CLOSE)
 
 
 @pytest.mark.parametrize("act", [SILU, GPT_OSS, Activation(1.0, 0.0, 0.5)])
@@ -133,7 +135,7 @@ def test_gated_products(act, form):
         out,
         where,
         lambda row, e: oracle.activation(layer, w[e] @ x[row].double().numpy() + b[e]),
-        1e-12,
+        CLOSE,
     )
 
 
@@ -239,22 +241,20 @@ def foreseen(spec, held, name, rule="ceil", gs=(1.0, 1.0), ids=IDS, x=None, rout
 def test_w4a16_takes_every_wire(wire):
     from moe_a2a.experts.triton_w4a16 import TritonW4A16
 
-    hidden = 256 if wire == "fp8_block128" else H
-    spec = Spec(1, E, 3, hidden, T, wire=wire)
-    held = weights(hidden=hidden)
+    spec, held = Spec(1, E, 3, 128, T, wire=wire), weights(hidden=128)
     got = computed(TritonW4A16, spec, held)
-    assert oracle.far_rows(got, foreseen(spec, held, "bf16"), 2e-6) == 0
+    assert oracle.far_rows(got, foreseen(spec, held, "bf16"), 2e-7) == 0
 
 
-@pytest.mark.parametrize("sizes", [(96, 64), (128, 160)])
+@pytest.mark.parametrize("sizes", [(96, 64), (128, 96)])
 def test_w4a16_pads_weights(sizes):
     from moe_a2a.experts.triton_w4a16 import TritonW4A16
 
     hidden, inner = sizes
-    spec = Spec(1, E, 3, hidden, T)
     held = weights(hidden=hidden, inner=inner)
+    spec = Spec(1, E, 3, hidden, T)
     got = computed(lambda *given: TritonW4A16(*given, tiles=SMALL), spec, held)
-    assert oracle.far_rows(got, foreseen(spec, held, "bf16"), 2e-6) == 0
+    assert oracle.far_rows(got, foreseen(spec, held, "bf16"), 2e-7) == 0
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_emulated_decodes_in_kernels(wire, form, activations, monkeypatch):
         grouped_experts, "multiply", lambda *a, **k: (used.append(a), multiply(*a, **k))
     )
     scales = {"w13_input_scale": torch.full((E,), GS), "w2_input_scale": torch.full((E,), GS / 3)}
-    spec, held = Spec(1, E, 3, H, T, wire=wire), weights(form, **scales)
+    spec, held = Spec(1, E, 3, 128, T, wire=wire), weights(form, 128, **scales)
 
     def build(*given):
         return emulated.Emulated(*given, activations=activations, rule="even")
@@ -281,7 +281,7 @@ def test_emulated_decodes_in_kernels(wire, form, activations, monkeypatch):
     assert used, "the plain path was taken"
     gs = tuple(float(np.float32(1) / np.float32(scale)) for scale in (GS, GS / 3))
     wanted = foreseen(spec, held, activations, "even", gs)
-    assert oracle.far_rows(got, wanted, 2e-6) <= 1
+    assert oracle.far_rows(got, wanted, 2e-7) <= 1
 
 
 SIZES = (0, 1, 127, 128, 129)  # rows of each expert

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from moe_a2a.experts.four_bits import arrange
+from moe_a2a.experts.four_bits import CHUNK, arrange
 from moe_a2a.experts.grouping import group
 from moe_a2a.experts.padding import padded
 from moe_a2a.experts.tiles import tiles_for
@@ -129,6 +129,7 @@ def multiply(
     """
     gated = activation is not None
     rows = matrix.rows // (2 if gated else 1)
+    block_n = tile.block_n if rows % tile.block_n == 0 else CHUNK
     length = len(grouped.row_index)
     tiles_m = triton.cdiv(triton.cdiv(length, tile.block_m), tile.group_m) * tile.group_m
     limit = activation.limit if activation is not None else math.inf
@@ -148,10 +149,10 @@ def multiply(
         "wide": matrix.wide,
         "far": len(x) * x.stride(0) >= 2**31,
         "block_m": tile.block_m,
-        "block_n": tile.block_n,
+        "block_n": block_n,
         "warps": tile.warps,
     }
-    grouped_gemm[(tiles_m * (rows // tile.block_n),)](
+    grouped_gemm[(tiles_m * (rows // block_n),)](
         x, grouped.row_index, grouped.expert_offsets, matrix.words, matrix.scales,
         matrix.decode_scale, bias, out, length, x.stride(0), out.stride(0), tile.group_m,
         **given, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,

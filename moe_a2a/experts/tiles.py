@@ -17,7 +17,8 @@ class Tile:
 
     Attributes:
         block_m: grouped rows of a program, a power of two from 16 to 256.
-        block_n: rows of the matrix (of gate, and as many of up), 64 or 128; at least 16 per warp.
+        block_n: rows of the matrix (of gate, and as many of up), 64, 128 or 256, at least 16 per
+            warp; 128 is taken where 256 doesn't divide them.
         warps: 4 or 8.
         stages: chunks of 128 columns that are under way at once.
         group_m: tiles of rows that take turns before the next rows of the matrix.
@@ -30,11 +31,11 @@ class Tile:
     group_m: int = 1
 
     def __post_init__(self) -> None:
-        good = self.block_m in _BLOCKS_M and self.block_n in (64, 128) and self.warps in (4, 8)
+        good = self.block_m in _BLOCKS_M and self.block_n in (64, 128, 256) and self.warps in (4, 8)
         if not good or 16 * self.warps > self.block_n or min(self.stages, self.group_m) < 1:
             raise GeometryError(
-                f"{self}: block_m must be one of {', '.join(map(str, _BLOCKS_M))}, block_n 64 or "
-                "128 and at least 16 * warps, warps 4 or 8, stages and group_m positive"
+                f"{self}: block_m must be one of {', '.join(map(str, _BLOCKS_M))}, block_n 64, "
+                "128 or 256 and at least 16 * warps, warps 4 or 8, stages and group_m positive"
             )
 
 
@@ -52,10 +53,11 @@ class Tiles:
 
 
 # Up to so many rows per expert. A little more than the expected number should fit one tile, or
-# most weights are read twice.
+# most weights are read twice; and the matrix's side of a tile should outweigh the rows', which
+# every program reads again.
 _TABLE = (
-    (8, Tiles(Tile(16, 64, 4, 5), Tile(16, 128, 4, 5))),
-    (24, Tiles(Tile(32, 64, 4, 4), Tile(32, 128, 4, 4))),
+    (8, Tiles(Tile(16, 128, 8, 4), Tile(16, 128, 4, 5))),
+    (24, Tiles(Tile(32, 128, 8, 4), Tile(32, 128, 4, 4))),
     (56, Tiles(Tile(64, 64, 4, 3), Tile(64, 128, 4, 3))),
     (None, Tiles(Tile(128, 128, 8, 3, 8), Tile(128, 128, 8, 3, 8))),
 )
