@@ -48,9 +48,9 @@ class Grouped:
     are gaps. A row that names an expert twice has two places there.
 
     Only rows that name an expert twice can need more places than there are, and only where K > E.
-    On the CPU that is a `PayloadError`. On CUDA, where nobody waits to find out, offsets stay at or below the last
-    multiple of ``align`` in the list, choices past it have position -2 and stand nowhere, and
-    `AllToAll.combine_grouped` makes their rows NaN.
+    On the CPU that is a `PayloadError`. On CUDA, where nobody waits to find out, offsets stay at or
+    below the last multiple of ``align`` in the list, choices past it have position -2 and stand
+    nowhere, and `AllToAll.combine_grouped` makes their rows NaN.
 
     Attributes:
         row_index: int32 [N], rows of ``recv.x.view(W * R, -1)``; -1 in gaps and past the last

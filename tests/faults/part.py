@@ -6,8 +6,10 @@ import ctypes
 import os
 import random
 import signal
+import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +105,11 @@ class Part:
         for act in self.episode.acts:
             self._healthy(act.rounds, self.alive)
             if act.strikes:
-                self._lose(act)
+                self._awake = threading.Event()
+                try:
+                    self._lose(act)
+                finally:
+                    self._awake.set()
 
     def note(self) -> None:
         self.tally.nbytes, self.tally.starved = self.a2a.nbytes, self.a2a.starved
@@ -151,6 +157,7 @@ class Part:
         self.alive = back
         if self.rank in missing or not act.apart or back != left:
             self._reset(back)
+        self._awake.set()
         self._healthy(act.together, back)
 
     def _go_on(self, act: Act, left: set[int], returning: int) -> None:
@@ -176,9 +183,18 @@ class Part:
         self._healthy(act.apart[middle:], left)
 
     def _wake(self, act: Act) -> None:
-        for rank, strike in act.strikes.items():
-            if strike.kind == "stop":
-                os.kill(self.pids[rank], signal.SIGCONT)
+        """Until this act is over: a rank that gets no core may be missed before it is stopped."""
+        stopped = [self.pids[rank] for rank, strike in act.strikes.items() if strike.kind == "stop"]
+
+        def wake() -> None:
+            while True:
+                for pid in stopped:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+                if self._awake.wait(0.02):
+                    return
+
+        threading.Thread(target=wake, daemon=True).start()
 
     def _say(self, what: str) -> None:
         self.store.add(f"{what} {len(self.tally.named)}", 1)
