@@ -29,8 +29,8 @@ from moe_a2a.bench.machine import circumstances
 from moe_a2a.experts import SILU, ExpertMatrix
 from moe_a2a.experts.four_bits import Arranged, arrange
 from moe_a2a.experts.grouped_experts import multiply, sum_up
-from moe_a2a.experts.grouping import Grouped, group
 from moe_a2a.experts.tiles import Tile, tiles_for
+from moe_a2a.grouped import Choices, Grouped, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,7 +125,9 @@ def route(shape: Shape, tokens: int, device: str) -> Routed:
 
 
 def grouped_for(routed: Routed, shape: Shape, align: int) -> Grouped:
-    return group(routed.ids, routed.router, shape.local, align)
+    counts = torch.tensor([len(routed.ids)], dtype=torch.int32, device=routed.ids.device)
+    choices = Choices(routed.ids[None], routed.router[None], counts, 0, shape.local)
+    return Grouped(*listed(choices, align))
 
 
 def products(

@@ -17,10 +17,10 @@ from moe_a2a import AllToAll, Spec
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts import GPT_OSS, SILU, Activation, ExpertMatrix, ExpertWeights
 from moe_a2a.experts.four_bits import arrange
-from moe_a2a.experts.grouping import group
 from moe_a2a.experts.mxfp4_w4a4 import Mxfp4W4A4
 from moe_a2a.experts.tiles import Tile, Tiles
 from moe_a2a.formats.swizzle import unswizzle
+from moe_a2a.grouped import Choices, Grouped, listed
 from tests import oracle_experts as oracle
 from tests import oracle_formats as wires
 from tests.formats_cases import raw
@@ -43,6 +43,12 @@ def decoded(matrix):
     return oracle.weights(
         raw(matrix.payload.cpu()), raw(matrix.scales.cpu()), matrix.format, decode
     )
+
+
+def group(local, router, experts, align):
+    """The lists of rows [n, K] of one source."""
+    counts = torch.tensor([len(local)], dtype=torch.int32, device=local.device)
+    return Grouped(*listed(Choices(local[None], router[None], counts, 0, experts), align))
 
 
 def multiplied(matrix, x, ids, tile, *, columns=None, **more):
@@ -160,7 +166,7 @@ def test_the_sum_is_ordered_and_unfused():
                 total = total + held[grouped.positions[token, k]] * router[token, k].numpy()
             wanted = torch.from_numpy(total).to(dtype)
             assert torch.equal(out[0, token].cpu(), wanted), (dtype, token)
-    lost = grouped._replace(positions=grouped.positions.clone())
+    lost = replace(grouped, positions=grouped.positions.clone())
     lost.positions[4, 2] = -2
     out = torch.zeros((1, 5, 200), device=DEVICE)
     sum_up(rows, lost, router.to(DEVICE), out)

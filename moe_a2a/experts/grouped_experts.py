@@ -13,7 +13,6 @@ import torch
 import triton
 
 from moe_a2a.experts.four_bits import CHUNK, arrange
-from moe_a2a.experts.grouping import group
 from moe_a2a.experts.padding import padded
 from moe_a2a.experts.tiles import tiles_for
 from moe_a2a.experts.triton_gemm import grouped_gemm
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 
     from moe_a2a.experts.activation import Activation
     from moe_a2a.experts.four_bits import Arranged
-    from moe_a2a.experts.grouping import Grouped
     from moe_a2a.experts.tiles import Tile, Tiles
     from moe_a2a.experts.weights import ExpertWeights
+    from moe_a2a.grouped import Grouped
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
 
@@ -88,7 +87,7 @@ class GroupedExperts:
         if not experts or not len(x):
             return out.zero_()
         chosen = tiles or tiles_for(expected_rows(recv))
-        grouped = group(recv.local_ids().flatten(0, 1), router, experts, chosen.align)
+        grouped = recv.group(chosen.align)
         length = len(grouped.row_index)
         h = x.new_empty((length, self.w2.columns))
         multiply(x, grouped, self.w13, h, chosen.gate_up, bias=self.b13,

@@ -12,7 +12,6 @@ import torch
 
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts.base import check_call, output_dtype
-from moe_a2a.experts.grouping import group
 from moe_a2a.experts.triton_w4a16 import other_format, without_triton
 from moe_a2a.experts.weights import ExpertWeights
 from moe_a2a.formats.swizzle import swizzle
@@ -21,8 +20,8 @@ from moe_a2a.wording import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_a2a.experts.grouping import Grouped
     from moe_a2a.experts.matrix import ExpertMatrix
+    from moe_a2a.grouped import Grouped
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
 
@@ -138,7 +137,7 @@ class Mxfp4W4A4:
         if not experts or not len(x):
             return out.zero_()
         router = recv.topk_weights.flatten(0, 1)
-        grouped = group(recv.local_ids().flatten(0, 1), router, experts, _ALIGN)
+        grouped = recv.group(_ALIGN)
         rows = self.quantize(x, grouped)
         gate_up = self.multiply(rows, grouped, 0, self.weights.w13.rows)
         h = self.activate(gate_up, grouped)
