@@ -13,7 +13,8 @@ struct Whole {
     return row_of_y(p, source, slot);
   }
   template <class Row, int kRun>
-  static __device__ __forceinline__ void push(const CombineLaunch& p, Share share);
+  static __device__ __forceinline__ void push(const CombineLaunch& p, Share share,
+                                              const Outgoing<Whole, Row, kRun>&);
   // The rank's own rows are summed from y.
   template <class Row, int kRun>
   struct Own {
@@ -24,7 +25,8 @@ struct Whole {
 // All units of a warp. The next one is asked for before the stores of this one, which wait for the
 // link.
 template <class Row, int kRun>
-__device__ __forceinline__ void Whole::push(const CombineLaunch& p, Share share) {
+__device__ __forceinline__ void Whole::push(const CombineLaunch& p, Share share,
+                                            const Outgoing<Whole, Row, kRun>&) {
   if (share.first >= p.units) return;
   const int total = units_to_push(p);
   Sequence sequence(p, share, total);

@@ -270,10 +270,8 @@ __global__ void __launch_bounds__(kMost<Source, kPush, kRun>, 1)
   // Known by the time that the first rows are on their way.
   Slots slots = Slots::of_token(p, token);
   const bool exists = out.exists(p);
-  if (p.pushers == 0 && exists && !op.dead) {
-    if constexpr (Source::kSums) {
-      Source::template move<Row, kPush>(p, out);
-    } else {
+  if constexpr (!Source::kSums) {
+    if (p.pushers == 0 && exists && !op.dead) {
       Chunk data[kPush][Row::kChunks];
       out.load(p, data);
       out.send(p, data);
@@ -281,8 +279,8 @@ __global__ void __launch_bounds__(kMost<Source, kPush, kRun>, 1)
   }
   if (roles.finishes && !op.dead) send_combine_headers(p, op.tag, p.c.strict);
   if (op.dead) return;
-  const int pushed = p.pushers == 0 ? roles.push.stride : 0;
-  Source::template push<Row, kPush>(p, {roles.push.first + pushed, roles.push.stride});
+  const int pushed = !Source::kSums && p.pushers == 0 ? roles.push.stride : 0;
+  Source::template push<Row, kPush>(p, {roles.push.first + pushed, roles.push.stride}, out);
   Wait wait;
 #pragma unroll 1
   for (const int total = p.tokens * p.runs; index < total; index += roles.sum.stride) {

@@ -20,20 +20,9 @@ struct Sums {
     return p.grouped.positions + row * p.c.top_k;
   }
 
-  // One unit, with nothing to do meanwhile.
   template <class Row, int kRun>
-  static __device__ __forceinline__ void move(const GroupedLaunch& p,
-                                              const Outgoing<Sums, Row, kRun>& out) {
-    typename Row::Item item[kRun];
-    Weighed<Row, kScalar, kRun> sum;
-    sum.ask(p, out.row);
-    sum.load(p, out.steps);
-    sum.finish(p, out.steps, item);
-    Row::template send<kRun>(p, out.inbox, out.steps, item);
-  }
-
-  template <class Row, int kRun>
-  static __device__ __forceinline__ void push(const GroupedLaunch& p, Share share);
+  static __device__ __forceinline__ void push(const GroupedLaunch& p, Share share,
+                                              const Outgoing<Sums, Row, kRun>& first);
 
   // A run of one of the rank's own rows, which is asked for before those of others.
   template <class Row, int kRun>
@@ -52,35 +41,34 @@ struct Sums {
 };
 
 // All units of a warp. While one is summed the places of the next are on their way; its rows are
-// asked for before the stores of this one, which wait for the link.
+// asked for before the stores of this one, which wait for the link. Nothing goes ahead of the loop:
+// sums are long, and code is time.
 template <int kScalar>
 template <class Row, int kRun>
-__device__ __forceinline__ void Sums<kScalar>::push(const GroupedLaunch& p, Share share) {
+__device__ __forceinline__ void Sums<kScalar>::push(const GroupedLaunch& p, Share share,
+                                                    const Outgoing<Sums, Row, kRun>& first) {
   if (share.first >= p.units) return;
   const int total = units_to_push(p);
   Sequence sequence(p, share, total);
-  Outgoing<Sums, Row, kRun> out(p, sequence.index());
-  bool more = sequence.index() < total, exists = more && out.exists(p);
+  Outgoing<Sums, Row, kRun> out = first, next = first;
+  bool more = sequence.index() < total, follows = more && next.exists(p), exists = false;
   Weighed<Row, kScalar, kRun> sum;
-  if (exists) {
-    sum.ask(p, out.row);
-    sum.load(p, out.steps);
-  }
 #pragma unroll 1
-  while (more) {
-    sequence.advance(p);
-    const Outgoing<Sums, Row, kRun> next(p, sequence.index());
-    more = sequence.index() < total;
-    const bool follows = more && next.exists(p);
+  for (;;) {
     Weighed<Row, kScalar, kRun> ahead;
     if (follows) ahead.ask(p, next.row);
     typename Row::Item item[kRun];
     if (exists) sum.finish(p, out.steps, item);
     if (follows) ahead.load(p, next.steps);
     if (exists) Row::template send<kRun>(p, out.inbox, out.steps, item);
+    if (!more) return;
     out = next;
     exists = follows;
     sum = ahead;
+    sequence.advance(p);
+    next = Outgoing<Sums, Row, kRun>(p, sequence.index());
+    more = sequence.index() < total;
+    follows = more && next.exists(p);
   }
 }
 

@@ -105,9 +105,12 @@ def test_rows_of_several_runs(pool, back):
 
 @pytest.mark.parametrize("back", ["bf16", "fp32", "mxfp8"])
 def test_any_grid(pool, back):
-    """One block: all push, then sum. More: some warps push, the last units come from a counter."""
+    """One block: all push, then sum. More: some warps push, the last units come from a counter.
+    Who sends most changes: nothing may lie in a place that was empty the round before."""
     case = Case(3, experts=12, top_k=8, hidden=640, capacity=60, combine_wire=back)
-    played = [(Round(n, tokens=(37, 3, 60), memory=("own", "strided")[n]), 8) for n in range(2)]
+    turns = ((37, 3, 60), (60, 37, 3), (3, 60, 37))
+    memory = ("own", "strided", "own")
+    played = [(Round(n, tokens=turns[n], memory=memory[n]), 8) for n in range(3)]
     for blocks in (1, 2, 3):
         pool.run(on_a_device, 3 * blocks, "simt", case, played, play_grouped, ranks=3)
 
