@@ -75,6 +75,7 @@ class Routed(NamedTuple):
     x: Tensor  # bf16 [8 T, H]
     ids: Tensor  # int32 [8 T, top_k], local
     router: Tensor  # fp32 [8 T, top_k]
+    counts: Tensor  # int32 [1], 8 T
     order: Tensor  # int64 [M]: rows sorted by expert, for torch
     ends: Tensor  # int32 [E]: where they end
 
@@ -119,14 +120,14 @@ def route(shape: Shape, tokens: int, device: str) -> Routed:
         torch.randn(rows, shape.hidden, device=device).to(torch.bfloat16),
         ids,
         torch.rand(rows, shape.top_k, device=device),
+        torch.tensor([rows], dtype=torch.int32, device=device),
         order[:count] // shape.top_k,
         torch.searchsorted(keys, edges).to(torch.int32),
     )
 
 
 def grouped_for(routed: Routed, shape: Shape, align: int) -> Grouped:
-    counts = torch.tensor([len(routed.ids)], dtype=torch.int32, device=routed.ids.device)
-    choices = Choices(routed.ids[None], routed.router[None], counts, 0, shape.local)
+    choices = Choices(routed.ids[None], routed.router[None], routed.counts, 0, shape.local)
     return Grouped(*listed(choices, align))
 
 

@@ -119,7 +119,11 @@ class Lifecycle:
         return self._timeline
 
     def close(self) -> None:
-        """Lets go of the window. Local, idempotent, waits for nobody."""
+        """Lets go of the window. Local, idempotent, waits for nobody.
+
+        Rounds that are queued on a GPU (of the last call's stream, and of the current one) still
+        end as they would have. CUDA graphs can't be replayed any more.
+        """
         impl, self._impl, self._closed, self._blocked = self._impl, None, True, True
         self._buffers, self._outputs = {}, Outputs(0, torch.device("cpu"))
         if impl is not None:

@@ -6,13 +6,16 @@ device but `check`, `reset` and the constructor.
 
 from __future__ import annotations
 
+import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from moe_a2a._build import cuda_compiler
 from moe_a2a._ops import cuda_library
+from moe_a2a.backends import departing
 from moe_a2a.backends.base import DispatchCall, Opening, ReceiveViews, Views, ranks_in, signed
 from moe_a2a.backends.failure import failure_of
 from moe_a2a.backends.symmetric import SymmetricWindow, open_window
@@ -22,6 +25,7 @@ from moe_a2a.timeline import OperationTimes
 from moe_a2a.workspace import geometry_numbers, shape_numbers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from torch import Tensor
@@ -68,6 +72,7 @@ class Nvlink:
 
     @classmethod
     def open(cls, opening: Opening) -> Nvlink:
+        departing.sweep()
         with torch.cuda.device(opening.device):
             return cls(opening)
 
@@ -76,6 +81,7 @@ class Nvlink:
         self._spec, self._rank, self._timeout = spec, group.rank, opening.timeout
         self._local, self._device = group.local, opening.device
         self._index = opening.device.index or 0
+        self._last = 0  # stream
         self._debug = opening.debug
         problem: MoeA2AError | None = None
         try:
@@ -147,7 +153,7 @@ class Nvlink:
         return {"device": uuid, "lines": self.lines}
 
     def _stream(self) -> int:
-        stream: int = torch._C._cuda_getCurrentRawStream(self._index)
+        self._last = stream = int(torch._C._cuda_getCurrentRawStream(self._index))
         return stream
 
     @property
@@ -265,5 +271,36 @@ class Nvlink:
 
     def close(self) -> None:
         endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None:
-            self._library.abandon(endpoint)
+        if endpoint is None:
+            return
+        abandon = partial(self._library.abandon, endpoint)
+        if sys.is_finalizing():  # nobody will look at what rounds bring now
+            abandon()
+            return
+        done = self._ended()
+        if not done():
+            memory = (endpoint, self._window, self._memory, self._status, self._notes)
+            departing.hold(memory, done, abandon)
+
+    def _ended(self) -> Callable[[], bool]:
+        """Whether the last eager round is over, and what the current stream has now, graphs say."""
+        here = int(torch._C._cuda_getCurrentRawStream(self._index))
+        streams: list[Any] = [
+            torch.cuda.ExternalStream(raw, self._device)  # type: ignore[no-untyped-call]
+            for raw in {self._last, here}
+        ]
+        events: list[Any] | None = None
+
+        def done() -> bool:
+            nonlocal events
+            if torch.cuda.is_current_stream_capturing():  # which questions would end
+                return False
+            try:
+                if events is None:
+                    busy = (stream for stream in streams if not stream.query())
+                    events = [stream.record_event() for stream in busy]
+                return all(event.query() for event in events)
+            except RuntimeError:  # the device has failed: nothing runs there
+                return True
+
+        return done

@@ -30,6 +30,9 @@ from tests.collective.layers import (
 from tests.collective.places import place_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     import numpy as np
 
     from moe_a2a import Received
@@ -91,13 +94,17 @@ def inputs_of(
 
 
 def play_layer(
-    ranks: RankContext, backend: str, case: Case, kind: type[Emulated] = Emulated
+    ranks: RankContext,
+    backend: str,
+    case: Case,
+    kind: type[Emulated] = Emulated,
+    wrapped: Callable[[RankContext, Any], Any] = lambda _, experts: experts,
 ) -> dict[str, np.ndarray]:
     """By what was asked for: this rank's outputs [T of the rank, H] as float32."""
     spec, place = case.spec(ranks.size), place_of(ranks, backend)
     inputs, mine = inputs_of(ranks, case, place)
     held = weights(case, spec.experts_of(ranks.rank)).to(place)
-    experts = kind(spec, place, held, activations=case.activations)
+    experts = wrapped(ranks, kind(spec, place, held, activations=case.activations))
     shared = torch.from_numpy(shared_rows()[mine]).to(place)
     more, where = more_of(case, place), {"backend": backend, "device": place}
     with MoELayer(spec, ranks.group, experts, timeout=40, **where) as layer:

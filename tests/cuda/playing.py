@@ -23,7 +23,7 @@ def run_streams(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 
 
 def _warm(ranks: RankContext, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     # cudaMalloc behind the kernel of a rank that waits would make it wait in vain.
-    small = [torch.empty(1 << 20, dtype=torch.uint8, device=GPU) for _ in range(8)]
+    small = [torch.empty(1 << 20, dtype=torch.uint8, device=GPU) for _ in range(32)]
     large = [torch.empty(9 << 20, dtype=torch.uint8, device=GPU) for _ in range(4)]
     del small, large
     meet(ranks)
@@ -42,3 +42,25 @@ def in_turn(ranks: RankContext, call: Callable[[], Any]) -> Any:
             result = call()
     meet(ranks)
     return result
+
+
+class InTurn:
+    """Experts that one rank after the other calls, on an idle device: what Triton compiles and
+    loads waits for the whole device, where a peer's kernel may be waiting for this rank."""
+
+    def __init__(self, ranks: RankContext, experts: Any) -> None:
+        self._ranks, self._experts = ranks, experts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        stream = torch.cuda.current_stream()
+
+        def call() -> Any:
+            result = self._experts(*args, **keywords)
+            stream.synchronize()
+            return result
+
+        stream.synchronize()
+        return in_turn(self._ranks, call)

@@ -149,3 +149,33 @@ def open_and_close(ranks, count):
 def test_many_objects_one_after_the_other():
     """Memory of one object is the next one's: what was left in it must not look fresh."""
     run_streams(2, open_and_close, 60)
+
+
+def close_behind_queued_rounds(ranks):
+    """Rank 0 closes, and lets go of all it has, while its kernels still wait for rank 1."""
+    case = Case(2, 9, 3, 128, 32)
+    prepared = Prepared(case, Round(1), ranks.rank, GPU)
+    a2a = opened(ranks, "nvlink", case)
+    a2a.dispatch(**prepared.call)
+    a2a.combine(prepared.y)
+    torch.cuda.current_stream().synchronize()
+    meet(ranks)
+    if ranks.rank == 1:
+        torch.cuda._sleep(100 * MILLISECOND)
+    a2a.dispatch(**prepared.call)
+    out = a2a.combine(prepared.y)
+    began = time.monotonic()
+    a2a.close()
+    took = time.monotonic() - began
+    assert took < 0.05, f"close() took {took:.3f} s"
+    if ranks.rank == 0:
+        assert not torch.cuda.current_stream().query(), "rank 1 was there: this looks at nothing"
+        del a2a
+    reused = [torch.full((1 << 20,), 255, dtype=torch.uint8, device=GPU) for _ in range(4)]
+    meet(ranks)
+    del reused
+    assert not prepared.wrong_sums(out).any()
+
+
+def test_rounds_that_were_queued_before_close_end_right():
+    run_streams(2, close_behind_queued_rounds)

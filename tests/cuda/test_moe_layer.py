@@ -15,24 +15,28 @@ from tests.collective.layers import Case, plain
 from tests.collective.places import meet
 from tests.collective.test_moe_layer import check_close
 from tests.collective.whole_layers import play_layer
-from tests.cuda.playing import GPU, in_turn, run_streams
+from tests.cuda.playing import GPU, InTurn, in_turn, run_streams
 from tests.cuda.test_graphs import graph_of
 from tests.oracle_formats import WIRES
 
 E, H, T = 6, 128, 12
 
 
+def play_in_turn(ranks, case):
+    return play_layer(ranks, "nvlink", case, wrapped=InTurn)
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_every_wire_against_float64(wire):
     case = Case(wire, "mxfp4")
-    by_rank = run_streams(2, play_layer, "nvlink", case)
+    by_rank = run_streams(2, play_in_turn, case)
     check_close(case, {name: np.concatenate([p[name] for p in by_rank]) for name in by_rank[0]})
 
 
 def test_four_ranks_give_what_one_does():
     case = Case("mxfp8", "bf16", top_k=1, combine_wire="bf16")
-    alone = run_streams(1, play_layer, "nvlink", case)[0]["plain"]
-    parts = run_streams(4, play_layer, "nvlink", case)
+    alone = run_streams(1, play_in_turn, case)[0]["plain"]
+    parts = run_streams(4, play_in_turn, case)
     several = np.concatenate([part["plain"] for part in parts])
     np.testing.assert_array_equal(several, alone)
     assert oracle.distance(several, plain(case)) < 0.01

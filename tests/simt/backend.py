@@ -65,6 +65,9 @@ class Simt(Nvlink):
     def _drain(self):
         pass
 
+    def _ended(self):
+        return lambda: True
+
 
 class Packets16(Simt):
     """Low-latency packets of 16 bytes."""
