@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/grouped.py [--tokens 8,128,1024] [--combine-wire bf16]
 
-The experts' output lies in grouped order in both cases. The steps are one kernel that torch.compile
-makes of the indexed loads, the products and the sums (several of torch's without Triton), which
-writes combine's y, and combine. `group` is what listing the rows takes. Microseconds in CUDA
+The experts' output lies in grouped order in both cases. The steps are the kernel by which
+`triton_w4a16` gathers, weights and adds a token's rows, writing combine's y (several of torch's
+kernels without Triton), and combine. `group` is what listing the rows takes. Microseconds in CUDA
 graphs, on the slowest rank.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,15 +30,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from moe_a2a.grouped import Grouped
+
 EFFORT, PAIRS, GROUPS = Effort(100, 0.0, 5), 20, 20
 
 
-def weighted_sums(rows: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    """[W * R, H] in the dtype of ``rows``; rows of padding are zeros."""
-    there = positions >= 0
-    places = positions.clamp(min=0)
-    weight = torch.where(there, weights[places], 0.0)
-    return (rows[places].float() * weight.unsqueeze(-1)).sum(1).to(rows.dtype)
+def torch_sums(rows: Tensor, lists: Grouped, _: Tensor, y: Tensor) -> Tensor:
+    """``y`` [W, R, H]: each received row's choices, weighted and added; padding is zeros."""
+    there = lists.positions >= 0
+    places = lists.positions.clamp(min=0)
+    weight = torch.where(there, lists.row_weights[places], 0.0)
+    sums = (rows[places].float() * weight.unsqueeze(-1)).sum(1)
+    return y.copy_(sums.view(y.shape))
 
 
 def routed(tokens: int, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +52,7 @@ def routed(tokens: int, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def compare(
-    tokens: int, back: str, align: int, in_steps: Callable[..., Any], line: StartLine
+    tokens: int, back: str, align: int, in_steps: Callable[..., Tensor], line: StartLine
 ) -> tuple[Quantiles, Quantiles, Quantiles]:
     """combine_grouped, the steps, and group."""
     place = torch.device("cuda", torch.cuda.current_device())
@@ -61,11 +64,11 @@ def compare(
         rows = torch.randn(len(lists.row_index), 7168, device=place, dtype=torch.bfloat16)
         listing = capture(lambda: recv.group(align), GROUPS)
         group = Quantiles.of(replay_times(listing.replay, line, 50, 5, GROUPS))
-        out = torch.empty_like(call[0])
+        out, y = torch.empty_like(call[0]), recv.x.new_empty((spec.ep_size, tokens, 7168))
+        router = recv.topk_weights.flatten(0, 1).clone()
 
         def steps() -> None:
-            sums = in_steps(rows, lists.positions, lists.row_weights)
-            a2a.combine(sums.view(spec.ep_size, tokens, 7168), out=out)
+            a2a.combine(in_steps(rows, lists, router, y), out=out)
 
         def dispatch() -> None:
             a2a.dispatch(*call)
@@ -94,9 +97,9 @@ def main() -> None:
     arguments = parser.parse_args()
     connect("cuda")
     line = StartLine(torch.device("cuda", torch.cuda.current_device()))
-    in_steps: Callable[..., Any] = weighted_sums
+    in_steps: Callable[..., Tensor] = torch_sums
     if find_spec("triton") is not None:
-        in_steps = torch.compile(weighted_sums, dynamic=False)
+        from moe_a2a.experts.grouped_experts import sum_up as in_steps
     rows = []
     for tokens in (int(text) for text in arguments.tokens.split(",")):
         found = compare(tokens, arguments.combine_wire, arguments.align, in_steps, line)

@@ -79,5 +79,6 @@ def resets(ranks, backend, case, times):
                 send(a2a, case, nothing, tokens_of(case, nothing, ranks.rank))
 
 
+@pytest.mark.slow
 def test_resets_back_to_back_and_in_any_phase(pool, every_backend):
     pool.run(resets, every_backend, Case(3), 60, ranks=3)

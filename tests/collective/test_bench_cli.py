@@ -22,6 +22,7 @@ def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_quick_run_checks_times_and_writes(tmp_path):
     start = time.monotonic()
     done = run("--ranks", "2", "--quick", "--hidden", "1024", "--out", str(tmp_path))
@@ -132,6 +133,7 @@ def test_ranks_end_with_their_parent(running):
     running.wait_until_none_is_left()
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

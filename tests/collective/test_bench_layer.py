@@ -20,6 +20,7 @@ from tests.conftest import PRELOAD
 TINY = ["--hidden", "128", "--experts", "6", "--top-k", "2", "--intermediate", "64"]
 
 
+@pytest.mark.slow
 def test_quick_run_checks_times_and_writes(tmp_path):
     wires = "bf16,nvfp4"
     done = run("--layer", "--quick", *TINY, "--ranks", "2", "--wire", wires, "--out", str(tmp_path))

@@ -95,6 +95,7 @@ def test_two_layers_on_two_ranks(pool, backend, compiler):
     pool.run(play_layers, backend, compiler, wire, ranks=2, timeout=LIMIT)
 
 
+@pytest.mark.slow
 @SLOW
 @pytest.mark.parametrize("compiler", COMPILERS[1:])
 def test_one_rank_without_a_group(compiler):

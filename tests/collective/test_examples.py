@@ -69,6 +69,7 @@ def test_runtime_fails_where_ranks_differ_from_one_process(monkeypatch, capsys):
         assert "NOT EQUAL" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runtime_exit_code_is_1_where_a_rank_is_wrong(tmp_path):
     """One that holds the experts of its neighbour."""
     text = RUNTIME.read_text()

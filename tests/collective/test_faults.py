@@ -203,6 +203,7 @@ def late_resets(ranks, backend):
     return failures
 
 
+@pytest.mark.slow
 def test_resets_at_different_times_and_again_after_a_timeout(pool, backend):
     failures = pool.run(late_resets, backend, ranks=4)
     assert min(failures[0], failures[1], failures[3]) >= 1, failures

@@ -47,6 +47,7 @@ def play_layers(ranks, backend, compiler):
             assert got[0].unique().numel() > 8, "this compares constants"
 
 
+@pytest.mark.slow
 @SLOW
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_layers(pool, compiler):

@@ -56,6 +56,7 @@ def check_combine(a2a, ranks, rnd, recv, everyone):
     rounds.same_values(f"combine of round {rnd.seed}", out, sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "count"), [("shm", 500), ("collective", 60)])
 def test_many_rounds_with_ranks_that_dawdle(pool, backend, count):
     pool.run(dawdle, backend, count, 4, ranks=4)

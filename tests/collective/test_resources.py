@@ -93,6 +93,7 @@ def cycles(ranks, backend, count, resets):
     return (resident() - memory) / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resets", [0, 3])
 def test_many_objects_do_not_grow_the_process(pool, backend, resets):
     for grown in pool.run(cycles, backend, 24 if resets == 0 else 12, resets, ranks=3):

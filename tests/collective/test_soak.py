@@ -11,6 +11,7 @@ from tests.soak.ledger import Ledger
 from tests.soak.run import Fault, Soak
 
 
+@pytest.mark.slow
 def test_a_short_soak(crew):
     soak = Soak(2308, "cpu", ranks=4, quiet=True, crew=crew)
     try:

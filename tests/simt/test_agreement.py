@@ -41,6 +41,7 @@ def test_a_rank_that_comes_while_the_others_give_up_is_the_one(pool, backend, de
     assert [named for named, _, _ in found] == [(2,)] * 3, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_that_come_one_after_the_other_learn_that_they_are_out(pool, backend):
     late = 2 * LIMIT + 0.6

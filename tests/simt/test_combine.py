@@ -96,6 +96,7 @@ def play_late(a2a, ranks, case, rnd, late):
     same_values(f"combine of {rnd}", out, sums_of(case, rnd, ranks.rank, mine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", ["bf16", "mxfp8"])
 def test_a_rank_that_does_not_combine_is_named_and_nothing_of_the_round_is_left(pool, back):
     pool.run(one_does_not_combine, back, ranks=3)

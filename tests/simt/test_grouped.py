@@ -53,6 +53,7 @@ def test_many_segments():
     check(drawn(2, 600, 8, 256, 3), 256, 16)
 
 
+@pytest.mark.slow
 def test_more_experts_than_shared_memory_holds():
     check(drawn(1, 300, 8, 8300, 2), 8300, 4)
 
@@ -92,6 +93,7 @@ def test_every_combine_wire_from_every_dtype(pool, back, kind):
     pool.run(play_grouped, kind, case, played, ranks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", COMBINE_WIRES)
 def test_rows_of_several_runs(pool, back):
     """Few tokens, but R of a large round: some warps push while the others sum."""

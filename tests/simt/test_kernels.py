@@ -162,6 +162,7 @@ ALL_SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -252,6 +253,7 @@ def wrap_around(ranks, kind):
             play(a2a, ranks, case, Round(n, rows=(8, 1)[n % 2]))
 
 
+@pytest.mark.slow
 def test_a_rank_that_stays_away_is_named_and_all_go_on(pool):
     pool.run(one_stays_away, ranks=3)
 

@@ -34,6 +34,7 @@ def fake(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_processes_that_race_build_once(fake):
     code = "from moe_a2a._build import build_cpu; print(build_cpu())"
     root = Path(_build.__file__).parents[1]
