@@ -57,9 +57,7 @@ class Shape:
         return self.experts // self.ep_size
 
 
-class Weights(NamedTuple):
-    """One of the two matrices, [E, N, K], in both forms with the same values."""
-
+class Weights(NamedTuple):  # one of the two matrices, [E, N, K], with the same values
     packed: Arranged
     plain: Tensor  # bf16
 

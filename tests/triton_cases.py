@@ -46,7 +46,6 @@ def decoded(matrix):
 
 
 def group(local, router, experts, align):
-    """The lists of rows [n, K] of one source."""
     counts = torch.tensor([len(local)], dtype=torch.int32, device=local.device)
     return Grouped(*listed(Choices(local[None], router[None], counts, 0, experts), align))
 
@@ -148,9 +147,8 @@ def test_gated_products(act, form):
 def test_the_sum_is_ordered_and_unfused():
     from moe_a2a.experts.grouped_experts import sum_up
 
-    ids = torch.tensor(
-        [[2, 0, 3], [3, 1, 0], [1, 1, 0], [-1, 9, -1], [2, -1, 2]], dtype=torch.int32
-    )
+    choices = [[2, 0, 3], [3, 1, 0], [1, 1, 0], [-1, 9, -1], [2, -1, 2]]
+    ids = torch.tensor(choices, dtype=torch.int32)
     router = torch.tensor([[0.3, 0.7, 1e3]]).repeat(5, 1) * (1 + torch.arange(5)[:, None] / 7)
     grouped = group(ids.to(DEVICE), router.to(DEVICE), 4, 16)
     rows = torch.full((len(grouped.row_index), 200), torch.nan, device=DEVICE)
