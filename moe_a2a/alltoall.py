@@ -105,6 +105,7 @@ class AllToAll(Lifecycle):
         self._everyone = self._active = (1 << spec.ep_size) - 1
         self.round = (0, 0)  # T and R of the round under way
         self._counts = torch.empty(spec.ep_size, dtype=torch.int32, device=self.device)
+        self._counted = self._counts  # of the round under way
         self._outputs = Outputs(spec.hidden_size, self.device)
         own = spec.experts_of(self.ep_rank)
         self.first_expert, self.num_local_experts = own.start, len(own)
@@ -186,6 +187,7 @@ class AllToAll(Lifecycle):
         self._active = active
         self._dispatched = True
         self.round = (tokens, rows)
+        self._counted = counts
         return delivered(views, counts, global_scale, self.spec, self.ep_rank, deferred)
 
     def combine(self, y: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -244,7 +246,7 @@ class AllToAll(Lifecycle):
         if self._blocked or not self._dispatched:
             raise self._refusal("combine_grouped", dispatched=True)
         tokens, most = self.round
-        dtype = self._rules.grouped_output(rows, grouped, most)
+        dtype = self._rules.grouped_output(rows, grouped, most, self._counted)
         if out is None:
             out = self._outputs.take(tokens, dtype)
         else:
@@ -258,6 +260,14 @@ class AllToAll(Lifecycle):
             raise self._failed("combine", error) from None
         self._dispatched = False
         return out
+
+    def check_layer(self, tokens: int, out: Tensor | None, shared: Tensor | None) -> None:
+        """Raises `PayloadError` for memory of a layer [T, H] that its experts or peers write, and
+        for an ``out`` that combine would refuse; before dispatch, when peers wait for nothing."""
+        if out is not None:
+            self._rules.layer_output(out, tokens, self._buffers.values())
+        if shared is not None:
+            self._rules.beside_experts("shared", shared, self._buffers.values())
 
     def combine_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
         """[W, R, H] of this round for the experts to write, kept from round to round.

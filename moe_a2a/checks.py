@@ -21,7 +21,7 @@ from moe_a2a.grouped import result_dtype
 from moe_a2a.wording import describe, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
@@ -265,10 +265,12 @@ class Rules:
         if not out.requires_grad:
             self._seen_out = (tokens, _facts(out), out.nbytes)
 
-    def grouped_output(self, rows: Tensor, grouped: Grouped, most: int) -> torch.dtype:
+    def grouped_output(
+        self, rows: Tensor, grouped: Grouped, most: int, round: object
+    ) -> torch.dtype:
         """``rows`` and ``grouped`` of a combine_grouped with R = ``most``; the dtype of ``out``."""
         size, hidden = self._combine_shape
-        check_grouped(grouped, size * most, self.spec.top_k, self.device)
+        check_grouped(grouped, size * most, self.spec.top_k, self.device, round)
         for name in ("positions", "row_weights"):
             self._apart(f"grouped.{name}", getattr(grouped, name))
         self._shaped("rows", rows, _FLOATS, (grouped.row_weights.shape[0], hidden))
@@ -280,6 +282,20 @@ class Rules:
         """``out`` of a combine_grouped whose other arguments have passed."""
         read = {"grouped.positions": grouped.positions, "grouped.row_weights": grouped.row_weights}
         self._fresh(out, tokens, dtype, {"rows": rows, **read})
+
+    def layer_output(self, out: Tensor, tokens: int, buffers: Iterable[Tensor]) -> None:
+        """``out`` of a whole layer, before its dispatch; ``buffers``: what its experts write."""
+        self._shaped("out", out, self.combine_dtypes[:1], (tokens, self.spec.hidden_size))
+        self._fresh(out, tokens, out.dtype, {})
+        self.beside_experts("out", out, buffers)
+
+    def beside_experts(self, name: str, value: Tensor, buffers: Iterable[Tensor]) -> None:
+        """Neither in the receive views nor in ``buffers``."""
+        self._apart(name, value)
+        if any(_overlap(value, buffer) for buffer in buffers):
+            raise PayloadError(
+                f"{name} lies in memory that combine_buffer() handed out, which the experts write"
+            )
 
     def _fresh(
         self, out: Tensor, tokens: int, dtype: torch.dtype, read: Mapping[str, Tensor]

@@ -60,12 +60,14 @@ class Grouped:
         positions: int32 [W * R, K], the place of each choice of each row, -1 where its expert is
             not here. Ascending places are ascending experts, then choices: in that order
             `AllToAll.combine_grouped` sums.
+        round: what its round is known by, None where that is not compared.
     """
 
     row_index: Tensor
     expert_offsets: Tensor
     row_weights: Tensor
     positions: Tensor
+    round: object = None
 
 
 class Choices(NamedTuple):
@@ -86,15 +88,14 @@ def group(recv: Received, align: int) -> Grouped:
     places = _places(recv.topk_ids, len(own), align)
     if places > _PLACES or align > _PLACES:
         raise GeometryError(
-            f"align={align}: the rows of {len(own)} experts would take {places:,} places; at most "
-            f"{_PLACES:,}"
+            f"align={shown(align)}: the rows of {len(own)} experts would take {places:,} places; "
+            f"at most {_PLACES:,}"
         )
     choices = Choices(recv.topk_ids, recv.topk_weights, recv.counts, own.start, len(own))
     if is_dynamo_compiling():
         index, offsets, weights, positions = torch.ops.moe_a2a.group(*choices, align)
-    else:
-        index, offsets, weights, positions = listed(choices, align)
-    return Grouped(index, offsets, weights, positions)
+        return Grouped(index, offsets, weights, positions)
+    return Grouped(*listed(choices, align), round=getattr(recv, "round", None))
 
 
 def _places(topk_ids: Tensor, experts: int, align: int) -> int:
@@ -146,19 +147,22 @@ def listed(
 def gather(recv: Received, grouped: Grouped) -> tuple[Tensor, Tensor | None]:
     """`Received.gather`."""
     sources, rows, top_k = recv.topk_ids.shape
-    check(grouped, sources * rows, top_k, recv.x.device)
+    check(grouped, sources * rows, top_k, recv.x.device, getattr(recv, "round", None))
     scales = None if recv.scales is None else _taken(recv.scales, grouped.row_index)
     return _taken(recv.x, grouped.row_index), scales
 
 
-def check(grouped: Grouped, rows: int, top_k: int, device: torch.device) -> None:
-    """Raises `PayloadError` unless it is of a round of so many rows, W * R."""
+def check(grouped: Grouped, rows: int, top_k: int, device: torch.device, round: object) -> None:
+    """Raises `PayloadError` unless it is of the round, of so many rows, W * R."""
     if not isinstance(grouped, Grouped):
         raise PayloadError(f"grouped is {describe(grouped)}: expected what recv.group() returns")
+    if grouped.round is not None and round is not None and grouped.round is not round:
+        raise PayloadError("grouped is of another round: expected this one's recv.group()")
     index, weights, positions = grouped.row_index, grouped.row_weights, grouped.positions
+    places = index.shape[:1] if isinstance(index, torch.Tensor) else ()
     expected = (
-        ("row_index", index, torch.int32, index.shape[:1]),
-        ("row_weights", weights, torch.float32, index.shape[:1]),
+        ("row_index", index, torch.int32, places),
+        ("row_weights", weights, torch.float32, places),
         ("positions", positions, torch.int32, (rows, top_k)),
     )
     for name, tensor, dtype, shape in expected:

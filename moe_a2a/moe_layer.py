@@ -5,9 +5,11 @@ Shape letters: T tokens of this rank, K top_k, H hidden_size, W ep_size, R runti
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from moe_a2a.alltoall import AllToAll
 from moe_a2a.errors import GeometryError, PayloadError
@@ -71,6 +73,13 @@ class MoELayer:
             exchange if isinstance(exchange, AllToAll) else AllToAll(spec, group, **options)
         )
         self._ends = PrepareFinalize(self.a2a)
+        check_fits = getattr(getattr(experts, "weights", None), "check_fits", None)
+        if check_fits is not None:
+            try:
+                check_fits(spec, self.a2a.ep_rank)
+            except GeometryError:
+                self.close()
+                raise
 
     @property
     def spec(self) -> Spec:
@@ -119,6 +128,8 @@ class MoELayer:
             tokens = x.shape[0]
             self._ends.check_finalize(tokens, shared, routed_scaling_factor)
             self._check_out(out, tokens)
+            if not is_dynamo_compiling():  # a graph has no addresses to compare
+                self.a2a.check_layer(tokens, out, shared)
         recv = self._ends.prepare(
             x,
             topk_weights,
@@ -153,7 +164,7 @@ class MoELayer:
         return f"MoELayer({self.a2a!r}, experts {name})"
 
     def _check_out(self, out: object, tokens: int) -> None:
-        """All of ``out`` that can be known before there is a y; combine checks the rest."""
+        """What a graph knows of ``out`` before there is a y."""
         if out is None:
             return
         dtype, shape = output_dtype(self.spec), (tokens, self.spec.hidden_size)
@@ -178,6 +189,11 @@ def _fitting(experts: object, spec: Spec) -> Callable[..., Tensor]:
     misfit = wire_misfit(experts, spec)
     if misfit is not None:
         raise GeometryError(f"experts={shown(experts)} {misfit}")
+    made_for = getattr(experts, "spec", spec)
+    if isinstance(made_for, Spec) and made_for != spec:
+        pairs = zip(asdict(made_for).items(), asdict(spec).values(), strict=True)
+        differ = [f"{name}={old!r}, not {new!r}" for (name, old), new in pairs if old != new]
+        raise GeometryError(f"experts={shown(experts)} are for {', '.join(differ)}")
     for name, wanted in (
         ("invalid_expert_id", spec.invalid_expert_id),
         ("hidden_dim_unpadded", spec.hidden_size),

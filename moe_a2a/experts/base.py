@@ -36,6 +36,8 @@ class Experts(Protocol):
         invalid_expert_id: what it wants padding rows and choices that route nowhere to have:
             the Spec's, where it takes any.
         hidden_dim_unpadded: columns of its output: H, however wide rows and weights are padded.
+        spec: of the exchange whose rows it takes.
+        weights: what says whether they are as many as a rank owns.
     """
 
     name: ClassVar[str]

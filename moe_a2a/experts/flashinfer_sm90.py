@@ -27,6 +27,7 @@ from moe_a2a.wording import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_a2a.experts.base import Held
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
 
@@ -107,6 +108,10 @@ class FlashInferSm90:
         takes = inspect.signature(self._kernels.cutlass_fused_moe).parameters
         # The fused one adds in bf16, by atomics, in whatever order blocks end.
         self._options = {"use_fused_finalize": False} if "use_fused_finalize" in takes else {}
+
+    @property
+    def weights(self) -> Held:
+        return self._sizes
 
     @staticmethod
     def unusable(

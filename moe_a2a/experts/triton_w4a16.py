@@ -19,6 +19,7 @@ from moe_a2a.wording import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_a2a.experts.base import Held
     from moe_a2a.experts.tiles import Tiles
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
@@ -100,6 +101,10 @@ class TritonW4A16:
         self.invalid_expert_id = spec.invalid_expert_id
         self.hidden_dim_unpadded = spec.hidden_size
         self._experts = GroupedExperts(weights)
+
+    @property
+    def weights(self) -> Held:
+        return self._experts
 
     @staticmethod
     def unusable(

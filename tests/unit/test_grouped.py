@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_a2a import Grouped, Received, Spec
+from moe_a2a import AllToAll, Grouped, Received, Spec
 from moe_a2a.errors import GeometryError, PayloadError
 from moe_a2a.grouped import weighted_sums
 from tests import oracle_grouped as oracle
@@ -183,3 +183,20 @@ def test_rows_without_a_place_are_nan():
     lists.positions.copy_(torch.tensor([[0, -2], [1, -1]]))
     total = weighted_sums(torch.ones(4, 64), lists, 0, 2)
     assert total[0].isnan().all() and total[1].isfinite().all()
+
+
+def test_lists_of_another_round_are_refused():
+    drawn = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(6, 64, generator=drawn).bfloat16(), torch.rand(6, 2, generator=drawn)
+    with AllToAll(Spec(1, 8, 2, 64, 8)) as a2a:
+        ids = torch.rand(6, 8, generator=drawn).topk(2).indices
+        old = a2a.dispatch(x[:3], ids[:3], weights[:3]).group(8)
+        a2a.combine_grouped(torch.zeros(len(old.row_index), 64).bfloat16(), old)
+        recv = a2a.dispatch(x, ids, weights)
+        with pytest.raises(PayloadError, match="another round"):
+            recv.gather(old)
+        with pytest.raises(PayloadError, match="another round"):
+            a2a.combine_grouped(torch.zeros(len(old.row_index), 64).bfloat16(), old)
+        lists = recv.group(8)
+        rows, _ = recv.gather(lists)
+        a2a.combine_grouped(rows, lists)

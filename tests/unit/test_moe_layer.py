@@ -163,3 +163,50 @@ def test_experts_that_raise_leave_the_round_open_until_a_reset():
         assert a2a.phase == "dispatched"
         a2a.reset()
         assert MoELayer(a2a, None, doubled)(X, ROUTER, IDS).shape == (T, H)
+
+
+def outs():
+    """Outputs that combine would refuse, and why."""
+    return {
+        "last dimension": torch.empty(H, T).bfloat16().t(),
+        "its last": torch.empty(T, 2 * H).bfloat16()[:, ::2],
+        "rows overlap": torch.empty(1, H).bfloat16().expand(T, H),
+        "requires grad": torch.empty(T, H).bfloat16().requires_grad_(),
+        "sparse": torch.empty(T, H).bfloat16().to_sparse(),
+    }
+
+
+@pytest.mark.parametrize("text", outs())
+def test_an_output_that_combine_would_refuse_is_refused_before_rows_leave(text):
+    with MoELayer(spec(), None, experts()) as layer:
+        with pytest.raises(PayloadError, match=text):
+            layer(X, ROUTER, IDS, out=outs()[text])
+        assert layer.a2a.phase == "idle"
+        layer(X, ROUTER, IDS)
+
+
+@pytest.mark.parametrize("name", ["out", "shared"])
+def test_memory_that_experts_or_peers_write_is_refused(name):
+    with MoELayer(spec(), None, experts()) as layer:
+        recv = layer.a2a.dispatch(X, IDS, ROUTER)
+        buffer = layer.a2a.combine_buffer()
+        layer.a2a.combine(buffer.zero_())
+        for rows, text in ((buffer, "combine_buffer"), (recv.x, "receive views")):
+            with pytest.raises(PayloadError, match=rf"{name} lies in .*{text}"):
+                layer(X, ROUTER, IDS, **{name: rows.flatten(0, 1)[:T]})
+            assert layer.a2a.phase == "idle"
+
+
+def test_experts_of_another_exchange_are_refused_at_once():
+    with AllToAll(spec()) as a2a:
+        with pytest.raises(GeometryError, match=r"are for wire='mxfp8', not 'bf16'$"):
+            MoELayer(a2a, experts=experts(spec(wire="mxfp8")))
+        few = experts()
+        few.weights = ExpertWeights(
+            ExpertMatrix(torch.zeros(3, 64, H).bfloat16()),
+            ExpertMatrix(torch.zeros(3, H, 32).bfloat16()),
+        )
+        with pytest.raises(GeometryError, match="hold 3 experts: rank 0 owns 4"):
+            MoELayer(a2a, experts=few)
+        with pytest.raises(GeometryError, match="hold 3 experts: rank 0 owns 4"):
+            MoELayer(spec(), None, few)
