@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_a2a.errors import PayloadError
 from moe_a2a.experts.arguments import decode_scales
 
 if TYPE_CHECKING:
@@ -34,16 +35,22 @@ def shared_encode_scale(decode: Tensor, *, name: str = "decode") -> Tensor:
         fp32 scalar on decode's device; 1 without experts. Warns (UserWarning) where they differ.
 
     Raises:
-        PayloadError: another dtype or shape, or a scale that is not a positive number.
+        PayloadError: another dtype or shape, a scale that is not a positive number, or a largest
+            one so small that 1 over it is infinite.
     """
     scales = decode_scales(name, decode, "E")
     if not len(scales):
         return torch.ones((), dtype=torch.float32, device=scales.device)
     least, largest = scales.aminmax()
+    encode = torch.ones_like(largest) / largest
+    if not bool(encode.isfinite()):
+        raise PayloadError(
+            f"{name} is {largest.item():.4g} at most: 1 over it, the encode scale, must be finite"
+        )
     if bool(least != largest):
         warnings.warn(
             f"{name} differs between experts ({least.item():.4g} to {largest.item():.4g}): the "
             "largest is used for all, so that none saturates",
             stacklevel=2,
         )
-    return torch.ones_like(largest) / largest
+    return encode

@@ -14,7 +14,7 @@ import torch
 from moe_a2a.errors import GeometryError, PayloadError
 from moe_a2a.experts.arguments import FLOATS, check_shape, decode_scales, dense
 from moe_a2a.experts.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
-from moe_a2a.formats import FORMATS
+from moe_a2a.formats import FORMATS, blocks
 from moe_a2a.formats.bf16 import BF16
 from moe_a2a.wording import describe, shown
 
@@ -38,6 +38,7 @@ WEIGHT_FORMATS: Mapping[str, WireFormat] = MappingProxyType(
 )
 _UNIT = 32  # a matrix of mxfp8 is not padded: every format's K is a multiple of its block
 _NVFP4_LARGEST = 448.0 * 6.0
+_ENCODE_LEAST, _ENCODE_MOST = 2.0**-119, 2.0**118  # formats/nvfp4.py: its factors are finite there
 # Other names that checkpoints have for the same bytes.
 _TWO_CODES = (torch.int8, torch.float4_e2m1fn_x2)
 
@@ -133,6 +134,9 @@ class ExpertMatrix:
     def quantize(cls, w: Tensor, format: str, *, rule: str = "ceil") -> ExpertMatrix:
         """``w`` [E, N, K] bf16, fp16 or fp32 in ``format``; each expert has its own decode scale.
 
+        With nvfp4 that scale is the expert's amax / (448 * 6), NaN ignored, between 2^-118 and
+        2^119: with an infinite weight all finite ones of its expert become zeros.
+
         Args:
             rule: of the shared exponent (mxfp4 and mxfp6): "ceil", "even" or "floor".
 
@@ -153,9 +157,7 @@ class ExpertMatrix:
                 w.contiguous(), global_scale=None, alignment=_UNIT, rule=rule, ue8m0=False
             )
             return cls(payload, format, scales)
-        amax = w.to(torch.float32).abs().flatten(1).amax(1)
-        largest = torch.full_like(amax, _NVFP4_LARGEST)
-        encode = largest / amax.where(amax > 0, largest)
+        encode = _encode_scales(w)
         sizes = [form.payload_width(w.shape[2], _UNIT), form.scale_width(w.shape[2], _UNIT)]
         payload, scales = (w.new_empty((*w.shape[:2], n), dtype=torch.uint8) for n in sizes)
         for e in range(len(w)):
@@ -206,3 +208,13 @@ class ExpertMatrix:
             part if part is None else part.to(device) for part in (self.scales, self.decode_scale)
         ]
         return ExpertMatrix(self.payload.to(device), self.format, *moved)
+
+
+def _encode_scales(w: Tensor) -> Tensor:
+    """fp32 [E] of nvfp4: 448 * 6 over the largest weight of each expert, 1 where all are zeros."""
+    if not w.shape[1]:  # nothing is the largest of nothing
+        return torch.ones(len(w), dtype=torch.float32, device=w.device)
+    amax = blocks.amax(w.to(torch.float32)).amax(1)
+    largest = torch.full_like(amax, _NVFP4_LARGEST)
+    encode = largest / amax.where(amax > 0, largest)
+    return encode.clamp(_ENCODE_LEAST, _ENCODE_MOST)

@@ -93,6 +93,46 @@ def test_no_experts_at_all():
         assert none.dequantize().shape == (0, ROWS, K)
 
 
+@pytest.mark.parametrize("form", [form for form in oracle.FORMATS if form not in ("bf16", "fp32")])
+def test_a_nan_costs_no_other_weight_its_value(form):
+    w = master(E, ROWS, K)
+    block, clean = WEIGHT_FORMATS[form].block, ExpertMatrix.quantize(w, form)
+    w[0, 0, 0] = torch.nan  # not the largest weight of its expert
+    w[1] = torch.nan
+    matrix = ExpertMatrix.quantize(w, form)
+    if form == "nvfp4":
+        assert torch.equal(matrix.decode_scale[[0, 2]], clean.decode_scale[[0, 2]])
+        assert matrix.decode_scale[1] == 1.0
+    ours, others = matrix.dequantize()[0], clean.dequantize()[0]
+    assert torch.equal(ours[1:], others[1:])
+    beyond = K if form == "fp8" else block  # fp8 has a scale per row
+    assert torch.equal(ours[0, beyond:], others[0, beyond:])
+
+
+def test_nvfp4_weights_tiny_and_infinite():
+    w = torch.zeros(4, 8, 64)
+    w[0] = master(1, 8, 64)[0] * 1e-37
+    w[1] = master(1, 8, 64)[0]
+    w[1, 3, 5] = -torch.inf
+    w[2, 0, 0] = 1e-45
+    w[3] = torch.finfo(torch.float32).max
+    matrix = ExpertMatrix.quantize(w, "nvfp4")
+    assert (matrix.decode_scale.isfinite() & (matrix.decode_scale > 0)).all()
+    values = matrix.dequantize()
+    assert (values[0] - w[0]).abs().max() < 0.2 * w[0].abs().max()
+    infinite = torch.zeros(8, 64)
+    infinite[3, 5] = -torch.inf
+    assert torch.equal(values[1], infinite)
+    assert not values[2].any()
+    np.testing.assert_allclose(values[3] / w[3], 1.0, rtol=1e-6)
+
+
+def test_matrices_without_rows():
+    for form in WEIGHT_FORMATS:
+        none = ExpertMatrix.quantize(torch.zeros(E, 0, K), form)
+        assert none.dequantize().shape == (E, 0, K)
+
+
 BYTES = torch.zeros(2, 8, 32, dtype=torch.uint8)
 SF, SF4 = torch.zeros(2, 8, 2, dtype=torch.uint8), torch.zeros(2, 8, 4, dtype=torch.uint8)
 NOT = torch.full((2,), torch.nan)
@@ -206,6 +246,9 @@ def test_the_largest_decode_scale_is_shared():
     assert shared_encode_scale(torch.zeros(0)).item() == 1.0
     with pytest.raises(PayloadError, match=r"decode\[1\] is -1"):
         shared_encode_scale(torch.tensor([1.0, -1.0]))
+    assert shared_encode_scale(torch.tensor([2.0**-127])).item() == 2.0**127
+    with pytest.raises(PayloadError, match=r"decode is 1e-39 at most.*must be finite"):
+        shared_encode_scale(torch.tensor([1e-39, 1e-40]))
 
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
