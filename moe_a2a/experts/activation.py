@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from moe_a2a.errors import GeometryError, PayloadError
+from moe_a2a.experts.arguments import dense
 from moe_a2a.wording import describe, shown
 
 __all__ = ["GPT_OSS", "SILU", "Activation", "deepseek_v4"]
+
+
+_FP32_MOST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Activation:
         limit: > 0; infinity limits nothing.
 
     Raises:
-        GeometryError: no number, or a limit that is not positive.
+        GeometryError: no number, one that is not finite in fp32, or a limit that is not positive.
     """
 
     alpha: float = 1.0
@@ -38,8 +42,9 @@ class Activation:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise GeometryError(f"{name}={shown(value)}: must be a number")
-            if not (math.isfinite(value) or (name == "limit" and value == math.inf)):
-                raise GeometryError(f"{name}={value}: must be finite")
+            if not (abs(value) <= _FP32_MOST or (name == "limit" and value == math.inf)):
+                raise GeometryError(f"{name}={shown(value)}: must be finite in fp32")
+            object.__setattr__(self, name, float(value))
         if self.limit <= 0:
             raise GeometryError(f"limit={self.limit}: must be > 0")
 
@@ -50,8 +55,9 @@ class Activation:
         constants are rounded to fp32 first. NaN stays NaN.
 
         Raises:
-            PayloadError: another dtype, or an odd number of columns.
+            PayloadError: no dense tensor, another dtype, or an odd number of columns.
         """
+        dense("gate_up", gate_up)
         if gate_up.dtype != torch.float32 or gate_up.ndim < 1 or gate_up.shape[-1] % 2:
             raise PayloadError(f"gate_up is {describe(gate_up)}: expected float32 [n, 2I]")
         gate, up = gate_up.chunk(2, dim=-1)

@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import torch
 
-from moe_a2a.errors import PayloadError
-from moe_a2a.wording import describe
+from moe_a2a.errors import GeometryError, PayloadError
+from moe_a2a.wording import describe, shown
 
-__all__ = ["FLOATS", "check_shape", "decode_scales", "dense"]
+__all__ = ["FLOATS", "check_shape", "decode_scales", "dense", "device_there", "place"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def place(device: object) -> torch.device:
+    """``device`` as a torch.device, or a GeometryError; whether there is one is not asked."""
+    why = ""
+    if isinstance(device, (str, torch.device)):
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            why = f"{str(error).splitlines()[0][:200]}; "
+    raise GeometryError(f"device={shown(device)}: {why}must be a device such as 'cpu' or 'cuda:0'")
+
+
+def device_there(device: object) -> torch.device:
+    """The same, or a GeometryError too where this machine has no such CUDA device."""
+    found = place(device)
+    there = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= there:
+        raise GeometryError(f"device={shown(device)}: this machine has {there} CUDA devices")
+    return found
 
 
 def dense(name: str, value: object) -> torch.Tensor:

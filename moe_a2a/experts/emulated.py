@@ -56,8 +56,8 @@ class Emulated:
             hardware W4A4 pipelines use "even".
 
     Raises:
-        GeometryError: weights that don't fit the Spec, an unknown format or rule, or a format whose
-            blocks don't divide a matrix's columns.
+        GeometryError: no Spec, no device, weights that don't fit the Spec, an unknown format or
+            rule, or a format whose blocks don't divide a matrix's columns.
         PayloadError: weights on another device.
     """
 
@@ -96,6 +96,11 @@ class Emulated:
             _Input(name, activations or matrix.format, matrix.columns, scale, rule)
             for name, matrix, scale in inputs
         )
+
+    def __repr__(self) -> str:
+        weights = dict.fromkeys((self.weights.w13.format, self.weights.w2.format))
+        rows = dict.fromkeys((self._w13_input.format, self._w2_input.format))
+        return f"Emulated(weights={'+'.join(weights)}, activations={'+'.join(rows)})"
 
     @staticmethod
     def unusable(
@@ -184,6 +189,10 @@ class _Input:
         self._scale = None
         if form.takes_global_scale and decode is not None:
             self._scale = shared_encode_scale(decode, name=f"{which}_input_scale")
+
+    @property
+    def format(self) -> str:
+        return self._form.name
 
     def seen_by_hardware(self, x: Tensor, arrived: str | None) -> Tensor:
         """fp32 [n, K], quantized and decoded; as it is if that is how it ``arrived``."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_a2a.errors import GeometryError, PayloadError
-from moe_a2a.experts.arguments import FLOATS, check_shape, decode_scales, dense
+from moe_a2a.experts.arguments import FLOATS, check_shape, decode_scales, dense, device_there
 from moe_a2a.experts.mxfp6 import MXFP6_E2M3, MXFP6_E3M2
 from moe_a2a.formats import FORMATS, blocks
 from moe_a2a.formats.bf16 import BF16
@@ -203,7 +203,12 @@ class ExpertMatrix:
         return values * self.decode_scale[experts, None, None]
 
     def to(self, device: torch.device | str) -> ExpertMatrix:
-        """The same on another device."""
+        """The same on another device.
+
+        Raises:
+            GeometryError: no device, or none that this machine has.
+        """
+        device = device_there(device)
         moved = [
             part if part is None else part.to(device) for part in (self.scales, self.decode_scale)
         ]

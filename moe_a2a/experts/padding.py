@@ -13,12 +13,11 @@ from torch.nn.functional import pad
 
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts.matrix import ExpertMatrix, weight_format
+from moe_a2a.experts.weights import ExpertWeights
 from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from moe_a2a.experts.weights import ExpertWeights
 
 __all__ = ["padded"]
 
@@ -34,8 +33,10 @@ def padded(weights: ExpertWeights, multiple: int = 128) -> ExpertWeights:
         multiple: a positive multiple of the blocks of both matrices.
 
     Raises:
-        GeometryError: another ``multiple``.
+        GeometryError: no ExpertWeights, or another ``multiple``.
     """
+    if not isinstance(weights, ExpertWeights):
+        raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
     blocks = [weight_format(matrix.format).block for matrix in (weights.w13, weights.w2)]
     is_int = isinstance(multiple, int) and not isinstance(multiple, bool)
     if not is_int or multiple < 1 or any(multiple % block for block in blocks):

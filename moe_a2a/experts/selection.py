@@ -5,16 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import torch
-
 from moe_a2a.errors import BackendUnavailable, GeometryError
+from moe_a2a.experts.arguments import place
 from moe_a2a.experts.base import wire_misfit
 from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.spec import Spec
 from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
+    import torch
+
     from moe_a2a.experts.base import Experts
-    from moe_a2a.spec import Spec
 
 __all__ = ["EXPERTS", "explain", "load", "reasons", "select"]
 
@@ -49,9 +50,16 @@ def reasons(
     """Why each backend can't be used, None where it can.
 
     Without ``spec`` and ``weights``: why it can't be used on this machine.
+
+    Raises:
+        GeometryError: no Spec, no device, or no weights.
     """
-    place = torch.device(device)
-    return {name: _reason(load(name), spec, place, weights) for name in EXPERTS}
+    there = place(device)
+    if spec is not None and not isinstance(spec, Spec):
+        raise GeometryError(f"spec={shown(spec)}: must be a Spec, or None")
+    if weights is not None and not isinstance(weights, ExpertWeights):
+        raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights, or None")
+    return {name: _reason(load(name), spec, there, weights) for name in EXPERTS}
 
 
 def select(
@@ -61,10 +69,10 @@ def select(
 
     Raises:
         BackendUnavailable: none can; ``reasons`` has why not, by backend.
-        GeometryError: weights that don't fit the Spec, whichever the backend.
+        GeometryError: no Spec, no device, or (whichever the backend) weights that don't fit.
         PayloadError: weights on another device.
     """
-    _check(spec, torch.device(device), weights)
+    _check(spec, place(device), weights)
     if backend != "auto":
         load(backend)
     found = reasons(spec, device, weights)
@@ -78,14 +86,19 @@ def select(
 
 
 def explain(spec: Spec, device: torch.device | str, weights: ExpertWeights) -> str:
-    """What `select` makes of the same arguments, as a table to print: one line for each backend."""
-    place = torch.device(device)
-    _check(spec, place, weights)
+    """What `select` makes of the same arguments, as a table to print: one line for each backend.
+
+    Raises:
+        GeometryError: as `select`.
+        PayloadError: as `select`.
+    """
+    there = place(device)
+    _check(spec, there, weights)
     formats = " and ".join(dict.fromkeys((weights.w13.format, weights.w2.format)))
-    lines = [f"experts for {formats} weights, wire {spec.wire}, on {place}"]
+    lines = [f"experts for {formats} weights, wire {spec.wire}, on {there}"]
     width = max(map(len, EXPERTS)) + 2
     chosen = False
-    for name, why in reasons(spec, place, weights).items():
+    for name, why in reasons(spec, there, weights).items():
         state = f"not usable: {why}" if why is not None else "usable" if chosen else "chosen"
         chosen |= why is None
         lines.append(f"  {name:<{width}}{state}")

@@ -12,14 +12,13 @@ import torch
 
 from moe_a2a.errors import GeometryError, PayloadError
 from moe_a2a.experts.activation import SILU, Activation
-from moe_a2a.experts.arguments import FLOATS, check_shape, decode_scales, dense
+from moe_a2a.experts.arguments import FLOATS, check_shape, decode_scales, dense, device_there, place
 from moe_a2a.experts.matrix import ExpertMatrix
+from moe_a2a.spec import Spec
 from moe_a2a.wording import describe, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from moe_a2a.spec import Spec
 
 __all__ = ["ExpertWeights"]
 
@@ -115,8 +114,10 @@ class ExpertWeights:
         """Whether these are weights for an exchange (of that rank).
 
         Raises:
-            GeometryError: another hidden size, or another number of local experts.
+            GeometryError: no Spec, another hidden size, or another number of local experts.
         """
+        if not isinstance(spec, Spec):
+            raise GeometryError(f"spec={shown(spec)}: must be a Spec")
         if self.hidden_size != spec.hidden_size:
             raise GeometryError(
                 f"the weights have hidden_size={self.hidden_size}, the Spec {spec.hidden_size}"
@@ -131,13 +132,26 @@ class ExpertWeights:
             )
 
     def check_on(self, device: torch.device | str) -> None:
-        """Raises PayloadError unless they are on that device (any of its kind without an index)."""
-        there, place = self.device, torch.device(device)
-        if there.type != place.type or place.index not in (None, there.index):
-            raise PayloadError(f"the weights are on {there}: expected {place}; weights.to(device)")
+        """Whether they are on that device; without an index, on any of its kind.
+
+        Raises:
+            GeometryError: no device.
+            PayloadError: they are on another.
+        """
+        there, wanted = self.device, place(device)
+        # Only CUDA's tensors say an index: what is on "cpu:0" says "cpu".
+        if there.type != wanted.type or (
+            None not in (wanted.index, there.index) and wanted != there
+        ):
+            raise PayloadError(f"the weights are on {there}: expected {wanted}; weights.to(device)")
 
     def to(self, device: torch.device | str) -> ExpertWeights:
-        """The same on another device."""
+        """The same on another device.
+
+        Raises:
+            GeometryError: no device, or none that this machine has.
+        """
+        device = device_there(device)
         moved: dict[str, Any] = {"w13": self.w13.to(device), "w2": self.w2.to(device)}
         for name in ("b13", "b2", "w13_input_scale", "w2_input_scale"):
             part = getattr(self, name)

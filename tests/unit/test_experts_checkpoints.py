@@ -173,6 +173,16 @@ def test_activation_specials_and_refusals():
     for wrong in ({"limit": 0.0}, {"limit": math.nan}, {"alpha": math.inf}, {"beta": "1"}):
         with pytest.raises(GeometryError, match=next(iter(wrong))):
             Activation(**wrong)
+    for wrong in (10**400, -(10**400), 1e300):
+        for name in ("alpha", "beta", "limit"):
+            with pytest.raises(GeometryError, match=f"{name}=.*must be finite in fp32"):
+                Activation(**{name: wrong})
+        with pytest.raises(GeometryError, match="limit="):
+            deepseek_v4(wrong)
+    assert Activation(2**70, 1, 2**70)(torch.ones(1, 2)).item() == 2.0
+    for wrong in ([1.0], None, torch.zeros(2, 2).to_sparse()):
+        with pytest.raises(PayloadError, match=r"gate_up is .*expected a dense tensor"):
+            SILU(wrong)
     for wrong in (torch.zeros(1, 3), torch.zeros(1, 4).bfloat16()):
         with pytest.raises(PayloadError, match=r"float32 \[n, 2I\]"):
             SILU(wrong)

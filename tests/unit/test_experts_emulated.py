@@ -192,3 +192,11 @@ def test_parameters_give_no_gradient():
     w2 = torch.nn.Parameter(floats(E, H, INNER).bfloat16())
     experts = Emulated(SPEC, "cpu", ExpertWeights(ExpertMatrix(w13), ExpertMatrix(w2)))
     assert not run(experts, [[0, 1, 2]], [[1.0] * 3]).requires_grad
+
+
+def test_what_it_prints_as():
+    assert repr(Emulated(SPEC, "cpu", weights())) == "Emulated(weights=bf16, activations=bf16)"
+    mixed = ExpertWeights(weights("mxfp4").w13, weights("nvfp4").w2)
+    own, given = Emulated(SPEC, "cpu", mixed), Emulated(SPEC, "cpu", mixed, activations="mxfp8")
+    assert repr(own) == "Emulated(weights=mxfp4+nvfp4, activations=mxfp4+nvfp4)"
+    assert repr(given) == "Emulated(weights=mxfp4+nvfp4, activations=mxfp8)"

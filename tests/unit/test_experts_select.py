@@ -112,6 +112,43 @@ def test_nothing_usable(monkeypatch):
     assert "chosen" not in experts.explain(SPEC, "cpu", WEIGHTS)
 
 
+@pytest.mark.parametrize("spec", [None, "x", 5])
+def test_no_spec(spec):
+    calls = [experts.select, experts.explain, Emulated]
+    for call in calls if spec is None else [*calls, experts.reasons]:
+        with pytest.raises(GeometryError, match=f"spec={spec!r}: must be a Spec"):
+            call(spec, "cpu", WEIGHTS)
+    with pytest.raises(GeometryError, match="spec=None: must be a Spec"):
+        WEIGHTS.check_fits(None)
+    with pytest.raises(GeometryError, match="weights='x': must be ExpertWeights, or None"):
+        experts.reasons(SPEC, "cpu", "x")
+
+
+@pytest.mark.parametrize("device", ["bogus", "cpu:x", "", None, 5])
+def test_no_device(device):
+    text = f"device={device!r}: .*must be a device such as 'cpu'"
+    for call in (experts.select, experts.explain, experts.reasons, Emulated):
+        with pytest.raises(GeometryError, match=text):
+            call(SPEC, device, WEIGHTS)
+    for call in (WEIGHTS.to, WEIGHTS.w13.to, WEIGHTS.check_on):
+        with pytest.raises(GeometryError, match=text):
+            call(device)
+
+
+def test_a_device_that_is_not_there():
+    there = torch.cuda.device_count()
+    for held in (WEIGHTS, WEIGHTS.w2):
+        with pytest.raises(GeometryError, match=f"has {there} CUDA devices"):
+            held.to(f"cuda:{there}")
+        assert held.to("cpu:0").device.type == "cpu"
+
+
+def test_the_first_cpu_is_the_cpu():
+    assert type(experts.select(SPEC, "cpu:0", WEIGHTS, backend="emulated")) is Emulated
+    WEIGHTS.check_on("cpu:0")
+    WEIGHTS.to("meta:0").check_on("meta")
+
+
 def test_weights_that_fit_no_backend():
     for wrong, error in (
         (ExpertWeights(ExpertMatrix(ROWS[:1]), ExpertMatrix(ROWS[:1, :, :32])), GeometryError),

@@ -235,6 +235,9 @@ def test_padding_to_another_multiple():
     for multiple in (0, -128, 48, True, 1.5):
         with pytest.raises(GeometryError, match="multiple of 32"):
             padded(weights(), multiple)
+    for wrong in (None, weights().w13, "x"):
+        with pytest.raises(GeometryError, match=r"weights=.*must be ExpertWeights"):
+            padded(wrong)
 
 
 def test_the_largest_decode_scale_is_shared():
