@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_a2a import Spec
 from moe_a2a.errors import GeometryError, PayloadError
 from moe_a2a.experts import (
     GPT_OSS,
@@ -84,6 +85,14 @@ def test_gpt_oss_refuses():
             from_gpt_oss(given if value is None else given | {name: value})
     with pytest.raises(PayloadError, match=r"range\(2, 5\)"):
         from_gpt_oss(good, range(2, 5))
+    for experts in ([0, 1], 5, "x", (0,)):
+        with pytest.raises(GeometryError, match=r"experts=.*must be a range"):
+            from_gpt_oss(good, experts)
+    for wrong in (None, [good], 5):
+        with pytest.raises(PayloadError, match=r"tensors is .*expected a mapping"):
+            from_gpt_oss(wrong)
+    with pytest.raises(PayloadError, match="gate_up_proj_blocks is missing"):
+        from_gpt_oss({0: 1, "x": 2})
 
 
 def deepseek(expert):
@@ -126,16 +135,52 @@ def test_deepseek_v4_refuses():
     for name, value, text in (
         ("w3.scale", None, "w3.scale of expert 1 is missing"),
         ("w1.weight", good["w1.weight"].float(), "w1.weight of expert 1 is float32"),
-        ("w1.weight", good["w1.weight"][:8], r"\[8, 32\] and \[32, 32\]"),
+        ("w1.weight", good["w1.weight"][:8], r"\[8, 32\] on cpu and \[32, 32\]"),
         ("w2.weight", good["w2.weight"][:8], r"w2.weight of expert 1 is \[8, 16\].*\[64, 16\]"),
-        ("w2.scale", torch.full((64, 1), 0.75), "0.75"),
+        ("w2.scale", torch.full((64, 1), 0.75), r"w2.scale of expert 1\[0, 0\] is 0.75"),
+        ("w2.scale", torch.tensor(1.0), r"w2.scale of expert 1 is float32 \[\].*\[N, n\]"),
+        ("w1.scale", torch.ones(32), r"w1.scale of expert 1 is float32 \[32\].*\[N, n\]"),
+        ("w1.scale", torch.ones(1, 32, 2), r"w1.scale of expert 1 is float32 \[1, 32, 2\]"),
+        ("w2.scale", torch.ones(64, 1, device="meta"), "w2.scale of expert 1 is.*on meta"),
+        ("w1.weight", good["w1.weight"].to("meta"), r"w1 and w3 weight.*on meta and .*on cpu"),
     ):
         wrong = {key: tensor for key, tensor in good.items() if key != name}
         wrong |= {} if value is None else {name: value}
         with pytest.raises(PayloadError, match=text):
             from_deepseek_v4([good, wrong], limit=10.0)
-    with pytest.raises(PayloadError, match="empty"):
-        from_deepseek_v4([], limit=10.0)
+    for wrong in (5, None, "x", torch.tensor(1), good, {0: good, 1: good}):
+        with pytest.raises(PayloadError, match=r"experts is .*a list of mappings, in the order"):
+            from_deepseek_v4(wrong, limit=10.0)
+    with pytest.raises(PayloadError, match="expert 1 is NoneType None: expected a mapping"):
+        from_deepseek_v4([good, None], limit=10.0)
+
+
+def test_deepseek_v4_from_a_generator():
+    one = tensors(deepseek(0))
+    found = from_deepseek_v4((one for _ in range(2)), limit=10.0)
+    assert torch.equal(
+        found.w13.dequantize(), from_deepseek_v4([one, one], limit=10.0).w13.dequantize()
+    )
+
+
+def test_deepseek_v4_of_a_rank_without_experts():
+    sizes = {"hidden_size": H, "intermediate_size": INNER}
+    none = from_deepseek_v4([], limit=10.0, **sizes)
+    some = from_deepseek_v4([tensors(deepseek(0))], limit=10.0, **sizes)
+    for ours, theirs in ((none.w13, some.w13), (none.w2, some.w2)):
+        assert ours.payload.shape == (0, *theirs.payload.shape[1:])
+        assert (ours.format, ours.scales.shape) == ("mxfp4", (0, *theirs.scales.shape[1:]))
+    assert (none.activation, none.hidden_size) == (some.activation, H)
+    none.check_fits(Spec(2, 1, 1, H, 4), 1)  # rank 0 owns the only expert
+    for given in ({}, {"hidden_size": H}, {"intermediate_size": INNER}):
+        with pytest.raises(PayloadError, match="empty: hidden_size and intermediate_size"):
+            from_deepseek_v4([], limit=10.0, **given)
+    for name in sizes:
+        for wrong in (0, -32, 48, True, 64.0, "64"):
+            with pytest.raises(GeometryError, match=f"{name}=.*positive multiple of 32"):
+                from_deepseek_v4([], limit=10.0, **(sizes | {name: wrong}))
+        with pytest.raises(GeometryError, match=f"{name}=96: the tensors have {sizes[name]}"):
+            from_deepseek_v4([tensors(deepseek(0))], limit=10.0, **{name: 96})
 
 
 def test_e8m0_bytes_are_exact_or_refused():
@@ -149,6 +194,8 @@ def test_e8m0_bytes_are_exact_or_refused():
             e8m0_bytes(torch.tensor([[1.0, float(wrong)]]))
     with pytest.raises(PayloadError, match="bfloat16"):
         e8m0_bytes(powers.bfloat16())
+    with pytest.raises(PayloadError, match=r"scales is float32 \[255\] on meta: expected"):
+        e8m0_bytes(powers.to("meta"))
 
 
 @pytest.mark.parametrize("act", [SILU, GPT_OSS, deepseek_v4(3.5), Activation(0.5, -2.0, 1.0)])
