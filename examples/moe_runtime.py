@@ -14,20 +14,44 @@ of four bits that tips over by that.
 T tokens of a rank, H hidden size, INNER intermediate size, E experts.
 """
 
+# ruff: noqa: E402 - Ctrl-C during the imports, too, is one line
+
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+
+def end(number: int, _: object) -> NoReturn:
+    """Ctrl-C, or a kill: one line, and what is open closes on the way out."""
+    signal.signal(number, signal.SIG_IGN)  # an impatient second one must not stop that
+    complain("interrupted" if number == signal.SIGINT else "terminated")
+    sys.exit(128 + number)
+
+
+def complain(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # one line, not one of each rank
+        print(f"moe_runtime: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":  # ahead of imports that take a second
+    signal.signal(signal.SIGINT, end)
+    if "RANK" not in os.environ:  # torchrun would have to wait for the end of a collective
+        signal.signal(signal.SIGTERM, end)
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import rms_norm, silu
 
 from moe_a2a import AllToAll, MoELayer, Spec
+from moe_a2a.bench.events import Note
+from moe_a2a.bench.launch import RankFailed, join_torchrun, start_ranks, torchrun_place
+from moe_a2a.errors import MoeA2AError
 from moe_a2a.experts import (
     ExpertMatrix,
     ExpertWeights,
@@ -35,12 +59,14 @@ from moe_a2a.experts import (
     select,
     shared_encode_scale,
 )
-from moe_a2a.testing import RankPool
+from moe_a2a.formats import FORMATS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
-    from moe_a2a.testing import RankContext
+    from moe_a2a.bench.events import Tell
 
 TOLERANCE = 0.02
 H, INNER, E, TOP_K, LAYERS, VOCABULARY = 256, 128, 16, 4, 3, 512
@@ -50,15 +76,21 @@ LARGEST_INPUT = 8.0  # of the rows that meet w13, as if calibrated
 
 
 class Options(NamedTuple):
-    """What the command line says."""
+    """What the command line says, for the ranks."""
 
     weights: str
     wire: str
     file: str
+    ep_size: int
+    device: str  # cpu or cuda
+
+
+class WrongArgument(ValueError):
+    """One sentence, exit code 2."""
 
 
 def write_checkpoint(path: Path, form: str) -> None:
-    """Random weights, the routed experts quantized."""
+    """Random weights, the routed experts quantized. Whole, or not there at all."""
     drawn = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float) -> Tensor:
@@ -76,7 +108,37 @@ def write_checkpoint(path: Path, form: str) -> None:
         }
 
     embedding = normal(VOCABULARY, H, scale=1.0)
-    torch.save({"embedding": embedding, "layers": [layer() for _ in range(LAYERS)]}, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save({"embedding": embedding, "layers": [layer() for _ in range(LAYERS)]}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def ready(path: Path, form: str) -> None:
+    """Writes the checkpoint if it is not there.
+
+    Raises:
+        WrongArgument: it can't be written or read, or holds something else.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise WrongArgument(f"--file {path}: there is no folder {path.parent}")
+        if not path.exists():
+            write_checkpoint(path, form)
+            return
+        with path.open("rb"):  # torch.load would hide why it can't
+            pass
+    except OSError as error:
+        raise WrongArgument(f"--file {path}: {error.strerror or error}") from None
+    try:
+        names = set(torch.load(path, mmap=True, weights_only=True)["layers"][0])
+    except Exception:  # truncated, or anything else: torch raises a dozen kinds
+        raise WrongArgument(f"--file {path}: not a whole checkpoint of this example") from None
+    holds = "mxfp4" if "gate_up_proj_blocks" in names else "nvfp4"
+    if holds != form:
+        raise WrongArgument(f"--file {path}: it holds {holds} weights, not {form}")
 
 
 def gpt_oss(gate_up: Tensor, down: Tensor, drawn: torch.Generator) -> dict[str, Tensor]:
@@ -129,6 +191,7 @@ class Runtime:
 
     def __init__(self, options: Options, group: dist.ProcessGroup, device: torch.device) -> None:
         size, wire = dist.get_world_size(group), options.wire
+        self.dtype = torch.float16 if wire == "fp16" else torch.bfloat16
         # Sums travel as fp32, so that the number of ranks changes as little as possible.
         spec = Spec(size, E, TOP_K, H, max(BATCHES), wire=wire, combine_wire="fp32")
         # Mapped: a rank reads the pages of its own experts.
@@ -157,7 +220,7 @@ class Runtime:
             gate, up = (normed @ dense["shared_gate_up"].T).chunk(2, -1)
             shared = (silu(gate) * up) @ dense["shared_down"].T
             x = x + layer(
-                normed.bfloat16(),
+                normed.to(self.dtype),
                 gates.softmax(-1),
                 ids,
                 shared=shared,
@@ -197,77 +260,96 @@ def serve_all(options: Options, group: dist.ProcessGroup, device: torch.device) 
     return found
 
 
-def play(ranks: RankContext, options: Options, device: str) -> bool:
+def play(options: Options, tell: Tell) -> None:
     """What a rank does: its part, then rank 0 compares it all with one rank that holds all."""
-    place = torch.device(device)
-    alone = [dist.new_group([rank]) for rank in range(ranks.size)]  # collective, each of them
-    served = serve_all(options, ranks.group, place)
-    gathered: list[Any] = [None] * ranks.size
-    dist.all_gather_object(gathered, served, group=ranks.group)
-    verdict = [True]
-    if ranks.rank == 0:
-        verdict = [compare(gathered, serve_all(options, alone[0], place), options, ranks.size)]
-    dist.broadcast_object_list(verdict, src=0, group=ranks.group)
-    return verdict[0]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if options.device == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device())
+    else:
+        torch.set_num_threads(1)
+        place = torch.device("cpu")
+    alone = [dist.new_group([peer]) for peer in range(size)]  # collective, each of them
+    assert dist.group.WORLD is not None
+    served = serve_all(options, dist.group.WORLD, place)
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, served)
+    good = rank > 0 or compare(
+        gathered, serve_all(options, alone[0], place), options, lambda line: tell(Note(line))
+    )
+    dist.barrier()
+    if not good:
+        raise MoeA2AError("logits are not those of one process")
 
 
 def compare(
-    gathered: list[list[Tensor]], wanted: list[Tensor], options: Options, size: int
+    gathered: list[list[Tensor]],
+    wanted: list[Tensor],
+    options: Options,
+    say: Callable[[str], object],
 ) -> bool:
-    """Prints what came out; whether all of it is within the tolerance."""
+    """Says what came out; whether all of it is within the tolerance."""
     good = True
-    print(f"{LAYERS} layers, {E} experts in {options.weights}, wire {options.wire}, {size} ranks")
+    what = f"{E} experts in {options.weights}, wire {options.wire}, {options.ep_size} ranks"
+    say(f"{LAYERS} layers, {what}")
     for parts, want in zip(zip(*gathered, strict=True), wanted, strict=True):
         got = torch.cat(parts)
         off = float(((got - want).abs() / (1 + want.abs())).max())
         good &= got.shape == want.shape and off <= TOLERANCE and bool(want.any())
         same = int((got.argmax(-1) == want.argmax(-1)).sum())
-        print(
+        say(
             f"  {len(want)} tokens, {'+'.join(str(len(part)) for part in parts)} by rank: largest "
             f"difference from one process {off:.1e} of 1 + |logit|, {same} next tokens the same"
         )
-    print(f"{'equal' if good else 'NOT EQUAL'} within {TOLERANCE} + {TOLERANCE} * |logit|")
+    say(f"{'equal' if good else 'NOT EQUAL'} within {TOLERANCE} + {TOLERANCE} * |logit|")
     return good
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+class Parser(argparse.ArgumentParser):
+    """One sentence, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see --help)")
+        self.exit(2)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected an integer >= 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 (logits differ, a rank failed) or 2 (a wrong argument)."""
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--weights", choices=("mxfp4", "nvfp4"), default="mxfp4")
-    add("--wire", help="default: as the weights")
-    add("--ranks", type=int, default=4, help="processes to start (4); torchrun's beat it")
+    add("--wire", choices=FORMATS, help="default: as the weights")
+    add("--ranks", type=positive, default=4, help="processes to start (4); torchrun's beat it")
     add("--file", help="the checkpoint, written if it is not there; default: a temporary one")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     wire = given.wire or given.weights
-    if "RANK" in os.environ:
-        return 0 if under_torchrun(given.weights, wire, given.file) else 1
-    with tempfile.TemporaryDirectory() as folder, RankPool(given.ranks) as pool:
-        options = Options(given.weights, wire, given.file or str(Path(folder) / "moe.pt"))
-        if given.file is None or not Path(given.file).exists():
-            write_checkpoint(Path(options.file), given.weights)
-        return 0 if all(pool.run(play, options, "cpu")) else 1
-
-
-def under_torchrun(form: str, wire: str, file: str | None) -> bool:
-    from moe_a2a.testing import RankContext
-
-    gpus = torch.cuda.device_count()
-    device = "cpu"
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = f"cuda:{torch.cuda.current_device()}"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    rank = dist.get_rank()
     with tempfile.TemporaryDirectory() as folder:
-        # Every rank of this example writes a copy of its own: they need not share a file system.
-        options = Options(form, wire, file or str(Path(folder) / "moe.pt"))
-        if file is None or (rank == 0 and not Path(file).exists()):
-            write_checkpoint(Path(options.file), form)
-        dist.barrier()
-        context = RankContext(rank, dist.get_world_size(), dist.group.WORLD, 0)
-        verdict = play(context, options, device)
-    dist.destroy_process_group()
-    return verdict
+        try:
+            place = torchrun_place()
+            path = Path(given.file or Path(folder) / "moe.pt")
+            # Without a file every rank writes a copy of its own: they need not share a file system.
+            # With one, no rank gets past the meeting in `join_torchrun` before rank 0 has it.
+            if given.file is None or place is None or place[0] == 0:
+                ready(path, given.weights)
+            size = given.ranks if place is None else place[1]
+            device = "cuda" if place is not None and torch.cuda.device_count() else "cpu"
+            start = start_ranks if place is None else join_torchrun  # they end with this process
+            start(play, Options(given.weights, wire, str(path), size, device), show)
+        except (RankFailed, ValueError, OSError) as error:
+            complain(str(error))
+            return 1 if not isinstance(error, ValueError) else 2
+    return 0
+
+
+def show(event: object) -> None:
+    """What rank 0 tells."""
+    if isinstance(event, Note):
+        print(event.text, flush=True)
 
 
 if __name__ == "__main__":

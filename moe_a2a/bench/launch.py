@@ -109,7 +109,7 @@ def start_ranks(body: Callable[[WorkT, Tell], None], work: WorkT, show: Tell) ->
     # The parent holds the store: no rank's death takes it away, and port 0 is the kernel's choice.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([body.__module__])
+    context.set_forkserver_preload([__name__, body.__module__])  # that of a script is not found
     ranks: list[_Watched] = []
     try:
         _start_forkserver()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ def run(*arguments):
     [
         [],
         pytest.param(["--weights", "nvfp4"], marks=pytest.mark.slow),
+        pytest.param(["--wire", "fp16"], marks=pytest.mark.slow),
         pytest.param(["--weights", "nvfp4", "--wire", "mxfp8"], marks=pytest.mark.slow),
     ],
 )
@@ -56,16 +60,21 @@ def test_runtime_under_torchrun_reads_the_file_that_is_there(tmp_path):
     assert file.read_bytes() == written
 
 
-def test_runtime_fails_where_ranks_differ_from_one_process(monkeypatch, capsys):
+@pytest.fixture
+def runtime(monkeypatch):
     monkeypatch.syspath_prepend(str(RUNTIME.parent))
     import moe_runtime
 
-    options = moe_runtime.Options("mxfp4", "mxfp4", "")
+    return moe_runtime
+
+
+def test_runtime_fails_where_ranks_differ_from_one_process(runtime, capsys):
+    options = runtime.Options("mxfp4", "mxfp4", "", 1, "cpu")
     wanted = [torch.randn(count, 8) for count in (3, 2)]
     whole = [torch.cat([wanted[0]]), wanted[1].clone()]
-    assert moe_runtime.compare([whole], wanted, options, 1)
+    assert runtime.compare([whole], wanted, options, print)
     for wrong in (wanted[1] + 0.1, wanted[1] * float("nan"), wanted[1][:1]):
-        assert not moe_runtime.compare([[whole[0], wrong]], wanted, options, 1)
+        assert not runtime.compare([[whole[0], wrong]], wanted, options, print)
         assert "NOT EQUAL" in capsys.readouterr().out
 
 
@@ -81,3 +90,113 @@ def test_runtime_exit_code_is_1_where_a_rank_is_wrong(tmp_path):
     done = run(broken, "--ranks", 2)
     assert done.returncode == 1, done.stderr
     assert "NOT EQUAL" in done.stdout
+    assert done.stderr.splitlines() == ["moe_runtime: rank 0: logits are not those of one process"]
+
+
+def left_of(group):
+    """Processes of the group that still run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def refused(runtime, capsys, monkeypatch):
+    """What `main` says of arguments that it refuses before any rank starts."""
+
+    def say(*arguments):
+        def started(*given):
+            raise AssertionError("ranks started")
+
+        monkeypatch.setattr(runtime, "start_ranks", started)
+        try:
+            code = runtime.main([str(one) for one in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "0"], "'0' given, expected an integer >= 1"),
+        (["--ranks=-1"], "'-1' given, expected an integer >= 1"),
+        (["--wire", "bogus"], "invalid choice: 'bogus'"),
+        (["--file", "/nowhere/moe.pt"], "there is no folder /nowhere"),
+        (["--file", "/tmp"], "--file /tmp: Is a directory"),
+    ],
+)
+def test_runtime_refuses_a_wrong_argument_in_one_line(refused, arguments, said):
+    assert said in refused(*arguments)
+
+
+def test_runtime_refuses_a_file_that_is_not_what_was_asked_for(
+    runtime, refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runtime, "E", 1)
+    file = tmp_path / "moe.pt"
+    runtime.write_checkpoint(file, "nvfp4")
+    assert refused("--file", file).endswith("it holds nvfp4 weights, not mxfp4")
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert refused("--file", file, "--weights", "nvfp4").endswith(
+        "not a whole checkpoint of this example"
+    )
+
+
+def test_an_interrupted_runtime_leaves_no_file(runtime, tmp_path, monkeypatch):
+    def interrupted(stored, path):
+        Path(path).write_bytes(b"the first half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "E", 1)
+    monkeypatch.setattr(runtime.torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runtime.write_checkpoint(tmp_path / "moe.pt", "nvfp4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3, 6])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_runtime_and_its_ranks_end_together(tmp_path, number, processes):
+    """Ctrl-C reaches the whole group, a kill the parent only: during imports, and while the
+    forkserver or ranks start."""
+    process = subprocess.Popen(
+        [sys.executable, RUNTIME],
+        stdout=subprocess.DEVNULL,
+        stderr=(tmp_path / "err").open("w"),
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    try:
+        while len(left_of(process.pid)) < processes:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.2)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        code = process.wait(timeout=10)
+        deadline = time.monotonic() + 10
+        while left_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left_of(process.pid)
+    finally:
+        for pid in left_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    if number == signal.SIGKILL:
+        assert code == -number
+        return
+    assert code == 128 + number
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert (tmp_path / "err").read_text() == f"moe_runtime: {word}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["err"]
