@@ -177,7 +177,6 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--intermediate", type=_positive, metavar="I", help="with --layer: of the experts")
     add(
         "--weights",
-        default="mxfp4",
         metavar="FORMAT",
         help=f"with --layer: {', '.join(WEIGHT_FORMATS)} (mxfp4)",
     )

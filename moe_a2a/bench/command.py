@@ -43,6 +43,7 @@ def bench(arguments: argparse.Namespace, geometry: Geometry, argv: Sequence[str]
         UsageError: a wrong argument.
         RankFailed: a rank gave up, or died.
     """
+    _refuse_unused(arguments)
     place = torchrun_place()
     first = place is None or place[0] == 0
     device = _device(arguments)
@@ -78,6 +79,15 @@ def bench(arguments: argparse.Namespace, geometry: Geometry, argv: Sequence[str]
     print(path)
     if not arguments.no_plot:
         _plot(document, path.with_suffix(".png"))
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    """Whoever gives an argument counts on its effect."""
+    if arguments.layer and arguments.host_overhead:
+        raise UsageError("--layer and --host-overhead: give one of the two")
+    for name in ("weights", "intermediate", "expert_backend"):
+        if getattr(arguments, name) is not None and not arguments.layer:
+            raise UsageError(f"--{name.replace('_', '-')} is of experts: only with --layer")
 
 
 def run_sweeps(sweeps: tuple[Sweep, ...], show: Tell, seconds: float | None = None) -> None:
@@ -168,7 +178,8 @@ def _backends(wanted: Sequence[str] | None, device: str) -> tuple[str, ...]:
     reasons = backends.reasons(tuple(backends.BACKENDS), device)
     usable = tuple(name for name, reason in reasons.items() if reason is None)
     if not usable:
-        raise UsageError(f"no backend is usable here: {'; '.join(map(str, reasons.values()))}")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UsageError(f"no backend is usable here: {listed}")
     return usable
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SMALL", "LayerSweep", "layer_sweep"]
 
 SMALL = Geometry("small", 512, 16, 4)  # what plain torch computes in milliseconds on a core
+_WEIGHTS = "mxfp4"
 _INTERMEDIATE: Mapping[str, int] = MappingProxyType(
     {
         SMALL.name: 256,
@@ -67,11 +68,12 @@ def layer_sweep(sweep: Sweep, arguments: argparse.Namespace) -> LayerSweep:
         UsageError: an argument that is wrong, or missing for this model.
     """
     geometry = sweep.geometry
-    inner = arguments.intermediate or _INTERMEDIATE.get(geometry.name)
+    model = arguments.preset or SMALL.name  # its I also where --hidden, say, changed the rest
+    inner = arguments.intermediate or _INTERMEDIATE.get(model)
     if inner is None:
-        raise UsageError(f"--layer: give the intermediate size of {geometry.name} (--intermediate)")
+        raise UsageError(f"--layer: give the intermediate size of {model} (--intermediate)")
     try:
-        form = weight_format(arguments.weights)
+        form = weight_format(arguments.weights or _WEIGHTS)
     except GeometryError as error:
         raise UsageError(f"--weights: {error}") from None
     for option, size in (("hidden size", geometry.hidden_size), ("--intermediate", inner)):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
+from moe_a2a import backends
+from moe_a2a.__main__ import main
 from moe_a2a.bench.cases import PRESETS, Effort, Geometry, Sweep, UsageError, fitting_wires
 from moe_a2a.bench.check import CheckFailed, Oracle, destinations
 from moe_a2a.bench.inputs import InputSource
@@ -177,3 +180,29 @@ def test_plot_of_one_point(tmp_path):
     document = {"geometry": geometry, "ep_size": 2, "routing": "uniform", "cases": [case]}
     write_plot(document, tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weights", "mxfp4"], "--weights is of experts: only with --layer"),
+        (["--intermediate", "64"], "--intermediate is of experts: only with --layer"),
+        (["--expert-backend", "emulated"], "--expert-backend is of experts: only with --layer"),
+        (["--layer", "--host-overhead"], "--layer and --host-overhead: give one of the two"),
+        (["--layer", "--hidden", "16"], "hidden size 16: mxfp4 weights need a multiple of 32"),
+    ],
+)
+def test_no_argument_is_ignored(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_a2a.bench.command.Display", nullcontext)
+    monkeypatch.setattr("moe_a2a.bench.command.start_ranks", pytest.fail)
+    assert main(["bench", "--out", str(tmp_path), *arguments]) == 2
+    assert capsys.readouterr().err == f"python -m moe_a2a bench: {said}\n"
+
+
+def test_without_a_backend_each_reason_names_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(
+        backends, "reasons", lambda names, device: {name: f"not {name[0]}" for name in names}
+    )
+    assert main(["bench", "--layer", "--device", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("here: shm: not s; nvlink: not n; collective: not c\n")

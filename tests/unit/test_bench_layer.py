@@ -29,7 +29,8 @@ def sweep(ranks=2, geometry=TINY, wires=("bf16",)):
 
 
 def arguments(**given):
-    return Namespace(**({"intermediate": None, "weights": "mxfp4", "expert_backend": None} | given))
+    usual = dict.fromkeys(("preset", "intermediate", "weights", "expert_backend"))
+    return Namespace(**(usual | given))
 
 
 @pytest.mark.parametrize("form", WEIGHT_FORMATS)
@@ -216,7 +217,9 @@ def test_table_and_figure(capsys):
 
 def test_sizes_of_models():
     assert layer_sweep(sweep(geometry=SMALL), arguments()).intermediate == 256
-    assert layer_sweep(sweep(geometry=PRESETS["kimi-k2"]), arguments()).intermediate == 2048
+    kimi = layer_sweep(sweep(geometry=PRESETS["kimi-k2"]), arguments(preset="kimi-k2"))
+    assert kimi.intermediate == 2048
+    assert layer_sweep(sweep(), arguments()).intermediate == 256, "small, but for --hidden"
     own = layer_sweep(sweep(), arguments(intermediate=64, expert_backend=["emulated"]))
     assert (own.intermediate, own.weights, own.backends) == (64, "mxfp4", ("emulated",))
     assert (own.ep_size, own.device) == (2, "cpu")
@@ -225,7 +228,7 @@ def test_sizes_of_models():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "intermediate size of custom"),
+        ({"preset": "deepseek-v4"}, "intermediate size of deepseek-v4"),
         ({"intermediate": 48}, "--intermediate 48: mxfp4 weights need a multiple of 32"),
         ({"intermediate": 64, "weights": "int4"}, "--weights: format='int4'"),
         ({"intermediate": 64, "expert_backend": ["marlin"]}, "there are .*emulated"),
