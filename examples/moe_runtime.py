@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 def end(number: int, _: object) -> NoReturn:
     """Ctrl-C, or a kill: one line, and what is open closes on the way out."""
     signal.signal(number, signal.SIG_IGN)  # an impatient second one must not stop that
-    complain("interrupted" if number == signal.SIGINT else "terminated")
+    complain("interrupted" if number == signal.SIGINT else "terminated", of_all=True)
     sys.exit(128 + number)
 
 
-def complain(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # one line, not one of each rank
+def complain(text: str, *, of_all: bool = False) -> None:
+    """One line; what concerns all ranks alike is torchrun's first to say."""
+    if not of_all or os.environ.get("RANK", "0") == "0":
         print(f"moe_runtime: {text}", file=sys.stderr, flush=True)
 
 
@@ -308,7 +309,7 @@ class Parser(argparse.ArgumentParser):
     """One sentence, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        complain(f"{message} (see --help)")
+        complain(f"{message} (see --help)", of_all=True)
         self.exit(2)
 
 

@@ -141,6 +141,22 @@ def test_runtime_refuses_a_wrong_argument_in_one_line(refused, arguments, said):
     assert said in refused(*arguments)
 
 
+def test_under_torchrun_the_first_rank_says_what_concerns_all(runtime, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        runtime.main(["--wire", "bogus"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def failed(*given):
+        raise runtime.RankFailed("rank 1: why")
+
+    monkeypatch.setattr(runtime, "join_torchrun", failed)
+    monkeypatch.setattr(runtime, "ready", lambda *given: None)
+    assert runtime.main([]) == 1
+    assert capsys.readouterr().err == "moe_runtime: rank 1: why\n"
+
+
 def test_runtime_refuses_a_file_that_is_not_what_was_asked_for(
     runtime, refused, tmp_path, monkeypatch
 ):
