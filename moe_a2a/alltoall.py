@@ -105,7 +105,7 @@ class AllToAll(Lifecycle):
         self._everyone = self._active = (1 << spec.ep_size) - 1
         self.round = (0, 0)  # T and R of the round under way
         self._counts = torch.empty(spec.ep_size, dtype=torch.int32, device=self.device)
-        self._counted = self._counts  # of the round under way
+        self._counted: Tensor | None = None  # of the round under way, if that is known
         self._outputs = Outputs(spec.hidden_size, self.device)
         own = spec.experts_of(self.ep_rank)
         self.first_expert, self.num_local_experts = own.start, len(own)
@@ -260,6 +260,10 @@ class AllToAll(Lifecycle):
             raise self._failed("combine", error) from None
         self._dispatched = False
         return out
+
+    def forget_counts(self) -> None:
+        """`combine_grouped` can't tell this round's lists from another's by their counts."""
+        self._counted = None
 
     def check_layer(self, tokens: int, out: Tensor | None, shared: Tensor | None) -> None:
         """Raises `PayloadError` for memory of a layer [T, H] that its experts or peers write, and

@@ -279,6 +279,7 @@ def _run_dispatch(
         active_ranks=active_flags if active_tensor is None else active_tensor,
         defer=defer,
     )
+    a2a.forget_counts()  # what the graph hands out are copies
     counts.copy_(there.counts)
     views = [there.x, there.topk_ids, there.topk_weights]
     views += [] if there.scales is None else [there.scales]

@@ -60,7 +60,7 @@ class Grouped:
         positions: int32 [W * R, K], the place of each choice of each row, -1 where its expert is
             not here. Ascending places are ascending experts, then choices: in that order
             `AllToAll.combine_grouped` sums.
-        round: what its round is known by, None where that is not compared.
+        round: ``recv.counts``, by which its round is known; None is not compared.
     """
 
     row_index: Tensor
@@ -95,7 +95,7 @@ def group(recv: Received, align: int) -> Grouped:
     if is_dynamo_compiling():
         index, offsets, weights, positions = torch.ops.moe_a2a.group(*choices, align)
         return Grouped(index, offsets, weights, positions)
-    return Grouped(*listed(choices, align), round=getattr(recv, "round", None))
+    return Grouped(*listed(choices, align), round=recv.counts)
 
 
 def _places(topk_ids: Tensor, experts: int, align: int) -> int:
@@ -147,7 +147,7 @@ def listed(
 def gather(recv: Received, grouped: Grouped) -> tuple[Tensor, Tensor | None]:
     """`Received.gather`."""
     sources, rows, top_k = recv.topk_ids.shape
-    check(grouped, sources * rows, top_k, recv.x.device, getattr(recv, "round", None))
+    check(grouped, sources * rows, top_k, recv.x.device, recv.counts)
     scales = None if recv.scales is None else _taken(recv.scales, grouped.row_index)
     return _taken(recv.x, grouped.row_index), scales
 

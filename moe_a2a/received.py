@@ -124,6 +124,5 @@ def delivered(
         spec=spec,
         ep_rank=ep_rank,
         deferred=deferred,
-        round=counts,  # no field: in a copy, and where a compiled graph made it, it is not known
     )
     return received
