@@ -284,11 +284,7 @@ class Nvlink:
 
     def _ended(self) -> Callable[[], bool]:
         """Whether the last eager round is over, and what the current stream has now, graphs say."""
-        here = int(torch._C._cuda_getCurrentRawStream(self._index))
-        streams: list[Any] = [
-            torch.cuda.ExternalStream(raw, self._device)  # type: ignore[no-untyped-call]
-            for raw in {self._last, here}
-        ]
+        raws = {self._last, int(torch._C._cuda_getCurrentRawStream(self._index))}
         events: list[Any] | None = None
 
         def done() -> bool:
@@ -297,10 +293,15 @@ class Nvlink:
                 return False
             try:
                 if events is None:
-                    busy = (stream for stream in streams if not stream.query())
-                    events = [stream.record_event() for stream in busy]
+                    streams = [self._stream_of(raw) for raw in raws]
+                    events = [stream.record_event() for stream in streams if not stream.query()]
                 return all(event.query() for event in events)
             except RuntimeError:  # the device has failed: nothing runs there
                 return True
 
         return done
+
+    def _stream_of(self, raw: int) -> Any:
+        if raw == 0:  # for which ExternalStream would take a stream of torch's pool
+            return torch.cuda.default_stream(self._device)
+        return torch.cuda.ExternalStream(raw, self._device)  # type: ignore[no-untyped-call]
