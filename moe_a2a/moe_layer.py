@@ -127,8 +127,9 @@ class MoELayer:
             # What finalize would refuse, while peers wait for rows: refused here, before any left.
             tokens = x.shape[0]
             self._ends.check_finalize(tokens, shared, routed_scaling_factor)
-            self._check_out(out, tokens)
-            if not is_dynamo_compiling():  # a graph has no addresses to compare
+            if is_dynamo_compiling():  # a graph has no addresses to compare
+                self._check_out(out, tokens)
+            else:
                 self.a2a.check_layer(tokens, out, shared)
         recv = self._ends.prepare(
             x,

@@ -18,7 +18,7 @@ from moe_a2a.experts.four_bits import FORMATS as FOUR_BITS
 from moe_a2a.experts.input_scale import shared_encode_scale
 from moe_a2a.experts.matrix import weight_format
 from moe_a2a.experts.triton_w4a16 import without_triton
-from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.formats import FORMATS
 from moe_a2a.wording import shown
 
@@ -75,10 +75,7 @@ class Emulated:
         activations: str | None = None,
         rule: str = "ceil",
     ) -> None:
-        if not isinstance(weights, ExpertWeights):
-            raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
-        weights.check_fits(spec)
-        weights.check_on(device)
+        check_weights(weights, spec, device)
         self.spec, self.weights = spec, weights
         self._in_kernels = None
         if decodes_in_kernels(weights):

@@ -20,9 +20,8 @@ import torch
 from moe_a2a.errors import BackendUnavailable, GeometryError
 from moe_a2a.experts.base import check_call, output_dtype
 from moe_a2a.experts.padding import padded
-from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.formats import FORMATS
-from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,10 +91,7 @@ class FlashInferSm90:
     expects_unquantized_inputs: ClassVar[bool] = False
 
     def __init__(self, spec: Spec, device: torch.device | str, weights: ExpertWeights) -> None:
-        if not isinstance(weights, ExpertWeights):
-            raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
-        weights.check_fits(spec)
-        weights.check_on(device)
+        check_weights(weights, spec, device)
         refused = _other_format(weights)
         if refused is not None:
             raise GeometryError(f"weights of {self.name}: {refused}")

@@ -13,9 +13,8 @@ import torch
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts.base import check_call, output_dtype
 from moe_a2a.experts.triton_w4a16 import other_format, without_triton
-from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.formats.swizzle import swizzle
-from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,10 +84,7 @@ class Mxfp4W4A4:
         warps: int = 8,
         stages: int = 3,
     ) -> None:
-        if not isinstance(weights, ExpertWeights):
-            raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
-        weights.check_fits(spec)
-        weights.check_on(device)
+        check_weights(weights, spec, device)
         reason = _unfit(weights)
         if reason is not None:
             raise GeometryError(reason)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moe_a2a.errors import BackendUnavailable, GeometryError
 from moe_a2a.experts.arguments import place
 from moe_a2a.experts.base import wire_misfit
-from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.spec import Spec
 from moe_a2a.wording import shown
 
@@ -72,7 +72,7 @@ def select(
         GeometryError: no Spec, no device, or (whichever the backend) weights that don't fit.
         PayloadError: weights on another device.
     """
-    _check(spec, place(device), weights)
+    check_weights(weights, spec, place(device))
     if backend != "auto":
         load(backend)
     found = reasons(spec, device, weights)
@@ -93,7 +93,7 @@ def explain(spec: Spec, device: torch.device | str, weights: ExpertWeights) -> s
         PayloadError: as `select`.
     """
     there = place(device)
-    _check(spec, there, weights)
+    check_weights(weights, spec, there)
     formats = " and ".join(dict.fromkeys((weights.w13.format, weights.w2.format)))
     lines = [f"experts for {formats} weights, wire {spec.wire}, on {there}"]
     width = max(map(len, EXPERTS)) + 2
@@ -115,10 +115,3 @@ def _reason(
         return f"computes with {'/'.join(backend.device_types)} tensors, not {device.type}"
     misfit = None if spec is None else wire_misfit(backend, spec)
     return misfit or backend.unusable(spec, device, weights)
-
-
-def _check(spec: Spec, device: torch.device, weights: object) -> None:
-    if not isinstance(weights, ExpertWeights):
-        raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
-    weights.check_fits(spec)
-    weights.check_on(device)

@@ -12,9 +12,8 @@ import torch
 
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts.base import check_call, output_dtype
-from moe_a2a.experts.weights import ExpertWeights
+from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.formats import FORMATS
-from moe_a2a.wording import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,10 +87,7 @@ class TritonW4A16:
         *,
         tiles: Tiles | None = None,
     ) -> None:
-        if not isinstance(weights, ExpertWeights):
-            raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
-        weights.check_fits(spec)
-        weights.check_on(device)
+        check_weights(weights, spec, device)
         reason = other_format(weights)
         if reason is not None:
             raise GeometryError(reason)

@@ -20,7 +20,7 @@ from moe_a2a.wording import describe, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ExpertWeights"]
+__all__ = ["ExpertWeights", "check_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,3 +161,12 @@ class ExpertWeights:
 
 def _size(matrix: ExpertMatrix) -> tuple[int, int]:
     return matrix.rows, matrix.columns
+
+
+def check_weights(weights: object, spec: Spec, device: torch.device | str) -> None:
+    """Raises `GeometryError` unless they are a rank's for that exchange, `PayloadError` where they
+    are on another device."""
+    if not isinstance(weights, ExpertWeights):
+        raise GeometryError(f"weights={shown(weights)}: must be ExpertWeights")
+    weights.check_fits(spec)
+    weights.check_on(device)
