@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_a2a.experts.base import Experts
+    from moe_a2a.grouped import Grouped
+    from moe_a2a.received import Received
 
 __all__ = ["MoELayer"]
 
@@ -42,8 +44,10 @@ class MoELayer:
         group: of `AllToAll`; None with an open one.
         experts: of this rank: a backend of `moe_a2a.experts` (``select`` makes one), or any
             callable ``experts(recv, out=y)`` that returns ``y [W, R, H]`` with the router weights
-            applied. Asked of it, where it has them: ``expects_unquantized_inputs`` (then the layer
-            defers), ``accepts``, ``invalid_expert_id`` and ``hidden_dim_unpadded``.
+            applied, or grouped rows, ``(rows [N, H], grouped)``, for `AllToAll.combine_grouped`.
+            Asked of it, where it has them: ``expects_unquantized_inputs`` (then the layer defers),
+            ``accepts``, ``invalid_expert_id`` and ``hidden_dim_unpadded``; and ``grouped_rows``
+            (`moe_a2a.experts.base.GroupsRows`), which is called instead.
         options: of `AllToAll`, besides a Spec: ``backend``, ``device``, ``timeout``...
 
     Raises:
@@ -55,7 +59,7 @@ class MoELayer:
         self,
         exchange: AllToAll | Spec,
         group: dist.ProcessGroup | None = None,
-        experts: Experts | Callable[..., Tensor] | None = None,
+        experts: Experts | Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
         is_open = isinstance(exchange, AllToAll)
@@ -66,13 +70,16 @@ class MoELayer:
             raise GeometryError(f"{given} given with an open AllToAll: those open one, with a Spec")
         spec: Spec = exchange.spec if isinstance(exchange, AllToAll) else exchange
         # Before anything is opened: the window of a layer that can't be is nobody's to close.
-        self.experts: Callable[..., Tensor] = _fitting(experts, spec)
+        self.experts: Callable[..., Any] = _fitting(experts, spec)
         self._defers = spec.quantized and bool(getattr(experts, "expects_unquantized_inputs", 0))
         self._owns = not is_open
         self.a2a: AllToAll = (
             exchange if isinstance(exchange, AllToAll) else AllToAll(spec, group, **options)
         )
         self._ends = PrepareFinalize(self.a2a)
+        self._grouped_rows: Callable[[Received], tuple[Tensor, Grouped]] | None = getattr(
+            experts, "grouped_rows", None
+        )
         check_fits = getattr(getattr(experts, "weights", None), "check_fits", None)
         if check_fits is not None:
             try:
@@ -139,10 +146,22 @@ class MoELayer:
             defer_input_quant=self._defers,
             **prepare_keywords,
         ).received
-        y = self.experts(recv, out=self.a2a.combine_buffer())
+        y, grouped = self.compute(recv)
         return self._ends.finalize(
-            y, out=out, routed_scaling_factor=routed_scaling_factor, shared=shared
+            y,
+            grouped=grouped,
+            out=out,
+            routed_scaling_factor=routed_scaling_factor,
+            shared=shared,
         )
+
+    def compute(self, recv: Received) -> tuple[Tensor, Grouped | None]:
+        """The experts alone, between `PrepareFinalize.prepare` and ``finalize``: y, and its order
+        where it is grouped rows."""
+        if self._grouped_rows is not None:
+            return self._grouped_rows(recv)
+        y = self.experts(recv, out=self.a2a.combine_buffer())
+        return y if isinstance(y, tuple) else (y, None)
 
     def close(self) -> None:
         """Closes the exchange if this layer opened it; local, idempotent, waits for nobody."""
@@ -180,7 +199,7 @@ class MoELayer:
             )
 
 
-def _fitting(experts: object, spec: Spec) -> Callable[..., Tensor]:
+def _fitting(experts: object, spec: Spec) -> Callable[..., Any]:
     """``experts``, or a GeometryError that says what does not fit."""
     if not callable(experts) or isinstance(experts, type):
         raise GeometryError(

@@ -17,6 +17,7 @@ from moe_a2a.wording import describe, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_a2a.grouped import Grouped
     from moe_a2a.received import Received
 
 __all__ = ["PrepareFinalize", "Prepared"]
@@ -89,6 +90,7 @@ class PrepareFinalize:
         self,
         y: Tensor,
         *,
+        grouped: Grouped | None = None,
         out: Tensor | None = None,
         routed_scaling_factor: float | None = None,
         shared: Tensor | None = None,
@@ -96,6 +98,7 @@ class PrepareFinalize:
         """Combines ``y`` [W, R, H], then ``round(f32(combined) * factor + shared)``.
 
         Args:
+            grouped: y is [N, H] in its order, for `AllToAll.combine_grouped`.
             out: [T, H] of y's dtype.
             routed_scaling_factor: default 1.
             shared: [T, H], output of the shared experts.
@@ -109,7 +112,10 @@ class PrepareFinalize:
             apart = not is_dynamo_compiling() and not _may_overlap(out, shared)
             # Combine writes out before shared is added; a graph has no addresses to compare.
             shared = shared if apart else shared.clone()
-        combined = self.a2a.combine(y, out=out)
+        if grouped is None:
+            combined = self.a2a.combine(y, out=out)
+        else:
+            combined = self.a2a.combine_grouped(y, grouped, out=out)
         if factor is None and shared is None:
             return combined
         total = combined.to(torch.float32)

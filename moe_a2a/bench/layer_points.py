@@ -69,6 +69,7 @@ def run_layers(sweep: LayerSweep, tell: Tell) -> None:
     cores = len(os.sched_getaffinity(0)) // sweep.ep_size
     torch.set_num_threads(min(_THREADS, max(1, cores)) if on_gpu else 1)
     warnings.simplefilter("ignore", FutureWarning)  # torch.distributed renames collectives
+    warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it is a prototype
     place = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
     _Layers(sweep, tell, torch.device(place)).run()
 
@@ -235,8 +236,25 @@ class _Layers:
 
     def _time(self, layer: TimedLayer) -> list[LayerTimings]:
         effort = Effort(2, 0.0, 1) if self._shares else self._sweep.effort
+        captured = self._on_gpu and self._only_launches(layer)
         dist.barrier()
-        return measure_layer(_phases(layer), effort, self._line)
+        return measure_layer(_phases(layer), effort, self._line, captured)
+
+    def _only_launches(self, layer: TimedLayer) -> bool:
+        """Whether experts wait for the device on no rank, so that graphs can hold them."""
+        said = None
+        layer.prepare()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer.experts()
+        except RuntimeError as error:
+            said = str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if said is not None:
+            layer.experts()
+        layer.finalize()
+        return self._first(said) is None
 
     def _measure(
         self,

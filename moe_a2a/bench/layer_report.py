@@ -4,7 +4,8 @@ A case is a dictionary: kind ("backend" or "rival"), name (of the exchange), exp
 combine_wire, tokens (per rank), iterations; layer_us (median, p10, p90 in microseconds of the rank
 whose layer takes longest); prepare_us, experts_us, finalize_us (of the rank whose experts take
 longest: the others wait for it, and that is no cost of the exchange) and shares (of those three
-medians, by phase); per_rank (the same quantiles of every rank).
+medians, by phase); captured (whether CUDA graphs were timed); per_rank (the same quantiles of every
+rank).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def layer_case(
         "layer_us": slowest.layer._asdict(),
         **{f"{phase}_us": getattr(busiest, phase)._asdict() for phase in PHASES},
         "shares": busiest.shares(),
+        "captured": slowest.captured,
         "per_rank": [{f"{p}_us": getattr(t, p)._asdict() for p in parts} for t in ranks],
     }
 
@@ -89,6 +91,7 @@ def print_layers(document: Mapping[str, Any]) -> None:
     """The table on stdout."""
     cases: list[Case] = document["cases"]
     rows: list[list[str]] = []
+    on_gpus = any(case.get("captured") for case in cases)
     before = None
     for case in cases:
         group = (case["experts"], case["wire"], case["tokens"])
@@ -100,13 +103,16 @@ def print_layers(document: Mapping[str, Any]) -> None:
         shares = [f"{case['shares'][phase]:.0%}" for phase in PHASES]
         ratio = _over(case, cases)
         over = "-" if ratio is None else f"{ratio:.2f}"
-        place = [case["name"], case["experts"], case["wire"], str(case["tokens"])]
+        eager = " *" if on_gpus and not case.get("captured") else ""
+        place = [case["name"] + eager, case["experts"], case["wire"], str(case["tokens"])]
         rows.append([*place, *map(microseconds, times), *shares, over])
     print_table(_title(document), _HEADER, rows)
     print(
         "us: medians over iterations; the layer's on the rank where it takes longest, the phases' "
         "on the rank whose experts take longest, for which the others wait.\n"
         "x ours: layer time over that of the first exchange with the same experts, wire and tokens."
+        + "\n* eager calls, since these experts wait for the device; all others are CUDA graphs."
+        * on_gpus
     )
 
 

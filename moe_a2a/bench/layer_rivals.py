@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.bench.rivals import newest
+from moe_a2a.moe_layer import MoELayer
 from moe_a2a.prepare_finalize import PrepareFinalize
 from moe_a2a.received import Received
 
@@ -47,7 +48,8 @@ class OwnLayer:
     def __init__(
         self, a2a: AllToAll, experts: Experts, inputs: Inputs, rows: int, scale: Tensor | None
     ) -> None:
-        self._ends, self._experts, self._inputs = PrepareFinalize(a2a), experts, inputs
+        self._ends, self._inputs = PrepareFinalize(a2a), inputs
+        self._layer = MoELayer(a2a, experts=experts)
         self._keywords: dict[str, Any] = {
             "runtime_max_tokens": rows,
             "global_scale": scale,
@@ -59,10 +61,10 @@ class OwnLayer:
         self._received = self._ends.prepare(x, router, ids, **self._keywords).received
 
     def experts(self) -> None:
-        self._y = self._experts(self._received, out=self._ends.a2a.combine_buffer())
+        self._y, self._grouped = self._layer.compute(self._received)
 
     def finalize(self) -> None:
-        self._out = self._ends.finalize(self._y)
+        self._out = self._ends.finalize(self._y, grouped=self._grouped)
 
     def output(self) -> Tensor:
         return self._out

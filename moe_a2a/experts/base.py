@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_a2a.experts.weights import ExpertWeights
+    from moe_a2a.grouped import Grouped
     from moe_a2a.spec import Spec
 
-__all__ = ["Experts", "Held", "check_call", "output_dtype", "wire_misfit"]
+__all__ = [
+    "Experts",
+    "GroupsRows",
+    "Held",
+    "check_call",
+    "output_dtype",
+    "rows_dtype",
+    "wire_misfit",
+]
 
 _OUTPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,6 +88,17 @@ class Experts(Protocol):
         """
 
 
+class GroupsRows(Protocol):
+    """Experts that can leave the weighted sum to `AllToAll.combine_grouped`."""
+
+    def grouped_rows(self, recv: Received) -> tuple[Tensor, Grouped]:
+        """Rows [N, H] in `rows_dtype`, not weighted, in the order of ``recv.group()``; and that.
+
+        Raises:
+            As `Experts.__call__`.
+        """
+
+
 class Held(Protocol):
     """What a call is checked against: `ExpertWeights`, or what a backend made of them."""
 
@@ -91,6 +111,15 @@ class Held(Protocol):
 def output_dtype(spec: Spec) -> torch.dtype:
     """What experts return without ``out``: the combine wire's dtype, bf16 if that is quantized."""
     return _OUTPUTS.get(spec.combine_wire, torch.bfloat16)
+
+
+def rows_dtype(output: torch.dtype) -> torch.dtype:
+    """Of rows that are weighted and added to such an output.
+
+    bf16 sums are as coarse as bf16 rows; fp16's range could be left by a row whose weighted sum
+    stays in it.
+    """
+    return torch.bfloat16 if output == torch.bfloat16 else torch.float32
 
 
 def wire_misfit(experts: object, spec: Spec) -> str | None:

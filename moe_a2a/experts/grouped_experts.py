@@ -1,4 +1,4 @@
-"""Experts over grouped rows with four-bit weights: two grouped GEMMs and a sum, by Triton.
+"""Experts over grouped rows with four-bit weights: two grouped GEMMs, and a sum, by Triton.
 
 Nothing here waits for the device, so that all of it can be captured in a CUDA graph.
 n = W*R received rows, K top_k, L grouped rows, E local experts, H hidden_size, I intermediate size.
@@ -69,34 +69,49 @@ class GroupedExperts:
         recv: Received,
         out: Tensor,
         *,
+        dtype: torch.dtype = torch.float32,
         between: Callable[[Tensor], Tensor] | None = None,
         tiles: Tiles | None = None,
     ) -> Tensor:
-        """y of `moe_a2a.experts.base.Experts` from rows as bf16.
+        """y of `moe_a2a.experts.base.Experts`, to ``out`` [W, R, H] bf16, fp16 or fp32.
+
+        Otherwise as `rows`.
+        """
+        y, grouped = self.rows(x, recv, dtype, between=between, tiles=tiles)
+        return sum_up(y, grouped, recv.topk_weights.flatten(0, 1), out)
+
+    def rows(
+        self,
+        x: Tensor,
+        recv: Received,
+        dtype: torch.dtype,
+        *,
+        between: Callable[[Tensor], Tensor] | None = None,
+        tiles: Tiles | None = None,
+    ) -> tuple[Tensor, Grouped]:
+        """What the experts make of rows: [L, H], not weighted yet, and how they lie.
 
         Args:
             x: bf16 [n, H or more], the last dimension contiguous; rows without a choice here are
                 not read.
-            out: [W, R, H] bf16, fp16 or fp32.
+            dtype: that results are rounded to from fp32.
             between: what the rows of w2 go through first, bf16 [L, I] to the same; rows of gaps
                 hold whatever memory held.
             tiles: other than those of the table.
         """
-        experts = self.w13.num_experts
-        router = recv.topk_weights.flatten(0, 1)
-        if not experts or not len(x):
-            return out.zero_()
         chosen = tiles or tiles_for(expected_rows(recv))
         grouped = recv.group(chosen.align)
         length = len(grouped.row_index)
+        y = x.new_empty((length, self.hidden_size), dtype=dtype)
+        if not length:
+            return y, grouped
         h = x.new_empty((length, self.w2.columns))
         multiply(x, grouped, self.w13, h, chosen.gate_up, bias=self.b13,
                  activation=self.activation, gather=True)  # fmt: skip
         if between is not None:
             h = between(h)
-        y = x.new_empty((length, self.hidden_size), dtype=torch.float32)
         multiply(h, grouped, self.w2, y, chosen.down, bias=self.b2)
-        return sum_up(y, grouped, router, out)
+        return y, grouped
 
 
 def expected_rows(recv: Received) -> float:
@@ -159,8 +174,10 @@ def multiply(
 
 
 def sum_up(rows: Tensor, grouped: Grouped, router: Tensor, out: Tensor) -> Tensor:
-    """``out`` [W, R, H] from the experts' rows, fp32 [L, H], and router weights, fp32 [n, K]."""
+    """``out`` [W, R, H] from the experts' rows, [L, H], and router weights, fp32 [n, K]."""
     n, top_k = grouped.positions.shape
+    if not n or not len(rows):
+        return out.zero_()
     hidden = out.shape[-1]
     flat = (
         out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from moe_a2a.errors import GeometryError
-from moe_a2a.experts.base import check_call, output_dtype
+from moe_a2a.experts.base import check_call, output_dtype, rows_dtype
 from moe_a2a.experts.triton_w4a16 import other_format, without_triton
 from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.formats.swizzle import swizzle
@@ -53,7 +53,8 @@ class Mxfp4W4A4:
     capability 10.x multiply the codes as they are; others, for whom Triton decodes them to bf16,
     give the same result but are no faster than W4A16, which `select` prefers there.
 
-    It never waits for the device. A call takes 8 bytes of each of I and 4 of each of H columns of
+    It never waits for the device. A call takes 8 bytes of each of I and 2 of each of H columns (4
+    for outputs other than bf16) of
     as many rows as could arrive, W*R*min(top_k, experts) and up to 127 for each expert.
 
     Args:
@@ -121,24 +122,31 @@ class Mxfp4W4A4:
         from moe_a2a.experts.grouped_experts import sum_up
 
         recv = check_call(self.spec, recv, self.weights, out)
+        if out is None:
+            shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
+            out = torch.empty(shape, dtype=output_dtype(self.spec), device=recv.x.device)
+        rows, grouped = self._rows(recv, rows_dtype(out.dtype))
+        return sum_up(rows, grouped, recv.topk_weights.flatten(0, 1), out)
+
+    @torch.no_grad()
+    def grouped_rows(self, recv: Received) -> tuple[Tensor, Grouped]:
+        """As `moe_a2a.experts.base.GroupsRows`; rows have to arrive unquantized."""
+        recv = check_call(self.spec, recv, self.weights, None)
+        return self._rows(recv, rows_dtype(output_dtype(self.spec)))
+
+    def _rows(self, recv: Received, dtype: torch.dtype) -> tuple[Tensor, Grouped]:
         if self.spec.quantized and not recv.deferred:
             raise GeometryError(
                 f"rows arrived as {self.spec.wire}: these experts quantize by themselves, so "
                 "prepare(..., defer_input_quant=experts.expects_unquantized_inputs)"
             )
-        if out is None:
-            shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
-            out = torch.empty(shape, dtype=output_dtype(self.spec), device=recv.x.device)
-        experts, x = self.weights.num_experts, recv.x.flatten(0, 1)
-        if not experts or not len(x):
-            return out.zero_()
-        router = recv.topk_weights.flatten(0, 1)
         grouped = recv.group(_ALIGN)
-        rows = self.quantize(x, grouped)
+        if not len(grouped.row_index):
+            return recv.x.new_empty((0, self.hidden_dim_unpadded), dtype=dtype), grouped
+        rows = self.quantize(recv.x.flatten(0, 1), grouped)
         gate_up = self.multiply(rows, grouped, 0, self.weights.w13.rows)
         h = self.activate(gate_up, grouped)
-        y = self.multiply(h, grouped, 1, self.hidden_dim_unpadded)
-        return sum_up(y, grouped, router, out)
+        return self.multiply(h, grouped, 1, self.hidden_dim_unpadded, dtype), grouped
 
     def quantize(self, x: Tensor, grouped: Grouped) -> Quantized:
         """Rows [n, H] bf16 or fp16 by row_index; gaps are zeros up to the last expert's end."""
@@ -169,15 +177,22 @@ class Mxfp4W4A4:
         )  # fmt: skip
         return made
 
-    def multiply(self, rows: Quantized, grouped: Grouped, which: int, columns: int) -> Tensor:
-        """fp32 [L, columns] of the product with w13 (0) or w2 (1); gaps hold whatever was there."""
+    def multiply(
+        self,
+        rows: Quantized,
+        grouped: Grouped,
+        which: int,
+        columns: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """[L, columns] of the product with w13 (0) or w2 (1); gaps hold whatever was there."""
         import triton
 
         from moe_a2a.experts.triton_mxfp4 import scaled_gemm
 
         matrix = (self.weights.w13, self.weights.w2)[which]
         length = len(grouped.row_index)
-        out = torch.empty((length, columns), dtype=torch.float32, device=rows.codes.device)
+        out = torch.empty((length, columns), dtype=dtype, device=rows.codes.device)
         tiles_m, group_m = triton.cdiv(length, _ALIGN), 8
         tiles_m = triton.cdiv(tiles_m, group_m) * group_m
         block_k = _ALIGN if matrix.columns % self._block_k else self._block_k

@@ -42,8 +42,8 @@ def _pairs(low, high):
 
 @triton.jit
 def widened(x):
-    """bf16 -> fp32"""
-    if _INTERPRETED:
+    """bf16, fp16 or fp32 -> fp32"""
+    if _INTERPRETED and x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         wide = bits.to(tl.float32, bitcast=True)
     else:

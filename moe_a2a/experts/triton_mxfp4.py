@@ -131,7 +131,7 @@ def scaled_gemm(
     experts: tl.constexpr, experts_up: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
     out_columns: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    """out fp32 [L, out_columns] = rows @ w.T + bias, tiles of 128 x 128.
+    """out [L, out_columns] = rows @ w.T + bias in fp32, rounded once; tiles of 128 x 128.
 
     codes [L, K/2] and payload [E, N, K/2] are packed, code_scales and scales [E, N, K/32] swizzled,
     each expert by itself; bias fp32 [E, N] or None. Rows of gaps are not stored.
@@ -170,4 +170,5 @@ def scaled_gemm(
     if bias is not None:
         total += tl.load(bias + expert * n + w_rows)[None, :]
     wanted = (rows >= 0)[:, None] & (w_rows < out_columns)[None, :]
-    tl.store(out + at.to(tl.int64)[:, None] * out_stride + w_rows[None, :], total, mask=wanted)
+    out_at = out + at.to(tl.int64)[:, None] * out_stride + w_rows[None, :]
+    tl.store(out_at, rounded(total, out.dtype.element_ty), mask=wanted)

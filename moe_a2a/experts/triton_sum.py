@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_a2a.experts.triton_gemm import rounded
+from moe_a2a.experts.triton_gemm import rounded, widened
 
 __all__ = ["weighted_sum"]
 
@@ -20,9 +20,9 @@ def weighted_sum(
 ):  # fmt: skip
     """out [n, H] = the sum of a token's rows [L, H], fp32, from +0.0, rounded once.
 
-    positions: int32 [n, K], -1 adds nothing, -2 (no room for it) makes the row NaN. Rows are
-    grouped by expert and keep their order inside one, so ascending positions are ascending experts,
-    then choices. To be launched without fused multiply-adds.
+    rows: bf16 or fp32. positions: int32 [n, K], -1 adds nothing, -2 (no room for it) makes the row
+    NaN. Rows are grouped by expert and keep their order inside one, so ascending positions are
+    ascending experts, then choices. To be launched without fused multiply-adds.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
@@ -39,7 +39,7 @@ def weighted_sum(
         weight = tl.sum(tl.where(there == at, router, 0.0), 0)
         inside = found & (columns < hidden)
         y = tl.load(rows + at.to(tl.int64) * rows_stride + columns, mask=inside, other=0.0)
-        total = tl.where(found, total + y * weight, total)
+        total = tl.where(found, total + widened(y) * weight, total)
         done = at
     tl.store(out + row * out_stride + columns, rounded(total, out.dtype.element_ty),
              mask=columns < hidden)  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from moe_a2a.errors import GeometryError
-from moe_a2a.experts.base import check_call, output_dtype
+from moe_a2a.experts.base import check_call, output_dtype, rows_dtype
 from moe_a2a.experts.weights import ExpertWeights, check_weights
 from moe_a2a.formats import FORMATS
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from moe_a2a.experts.base import Held
     from moe_a2a.experts.tiles import Tiles
+    from moe_a2a.grouped import Grouped
     from moe_a2a.received import Received
     from moe_a2a.spec import Spec
 
@@ -54,13 +55,14 @@ class TritonW4A16:
     """The experts of one rank; weights are decoded in registers.
 
     ``h = x @ w13 + b13`` with fp32 accumulation, the activation in fp32, its result rounded to
-    bf16, ``y = h @ w2 + b2`` in fp32. Decoded weights are bf16 exactly, so but for the order of
-    additions this is what ``Emulated(..., activations="bf16")`` computes. It never waits for the
-    device and can be captured in a CUDA graph.
+    bf16, ``y = h @ w2 + b2`` in fp32, rounded to bf16 where the output is bf16. Decoded weights are
+    bf16 exactly, so but for the order of additions and that last step this is what
+    ``Emulated(..., activations="bf16")`` computes. It never waits for the device and can be
+    captured in a CUDA graph.
 
     A call takes memory for as many rows as could arrive, L = W*R*min(top_k, experts) and the
-    alignment: 2 bytes of each of I and 4 of each of H columns. Weights are kept in an order of
-    their own, as many bytes: drop yours to have them once.
+    alignment: 2 bytes of each of I and 2 of each of H columns (4 for outputs other than bf16).
+    Weights are kept in an order of their own, as many bytes: drop yours to have them once.
 
     Args:
         spec: of the exchange.
@@ -115,12 +117,24 @@ class TritonW4A16:
     def __call__(self, recv: Received, *, out: Tensor | None = None) -> Tensor:
         """As `moe_a2a.experts.base.Experts`; rows of other wires are decoded to bf16 first."""
         recv = check_call(self.spec, recv, self._experts, out)
-        plain = recv.x.dtype == torch.bfloat16
-        x = recv.x if plain else recv.dequantize(torch.bfloat16)
         if out is None:
             shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
-            out = torch.empty(shape, dtype=output_dtype(self.spec), device=x.device)
-        return self._experts(x.flatten(0, 1), recv, out, tiles=self.tiles)
+            out = torch.empty(shape, dtype=output_dtype(self.spec), device=recv.x.device)
+        dtype = rows_dtype(out.dtype)
+        return self._experts(_plain(recv), recv, out, dtype=dtype, tiles=self.tiles)
+
+    @torch.no_grad()
+    def grouped_rows(self, recv: Received) -> tuple[Tensor, Grouped]:
+        """As `moe_a2a.experts.base.GroupedRows`."""
+        recv = check_call(self.spec, recv, self._experts, None)
+        dtype = rows_dtype(output_dtype(self.spec))
+        return self._experts.rows(_plain(recv), recv, dtype, tiles=self.tiles)
+
+
+def _plain(recv: Received) -> Tensor:
+    """bf16 [W*R, H or more]"""
+    plain = recv.x.dtype == torch.bfloat16
+    return (recv.x if plain else recv.dequantize(torch.bfloat16)).flatten(0, 1)
 
 
 def other_format(weights: ExpertWeights) -> str | None:

@@ -13,6 +13,7 @@ from tests.collective.whole_layers import (
     play_behind_nan,
     play_by_hand,
     play_deferring,
+    play_grouped,
     play_layers,
     shared_rows,
 )
@@ -102,6 +103,18 @@ def test_the_number_of_ranks_makes_no_difference(pool, every_backend, top_k):
 def test_ranks_without_experts(pool, every_backend):
     (found,) = outputs(pool, every_backend, 4, [case := Case("mxfp8", "bf16", experts=2)])
     check_close(case, found)
+
+
+@pytest.mark.parametrize("back", ["fp32", "fp16", "mxfp8"])
+def test_experts_that_leave_the_sum_to_combine_grouped(pool, every_backend, back):
+    case, size = Case("mxfp8", "bf16", combine_wire=back, top_k=3), 3
+    plainly = outputs(pool, every_backend, size, [case])[0]
+    for parts in zip(*pool.run(play_grouped, every_backend, case, ranks=size), strict=True):
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        check_close(case, found)
+        if back != "mxfp8":  # otherwise the fp32 sum was quantized, not its bf16
+            for name, rows in found.items():
+                np.testing.assert_allclose(rows, plainly[name], rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("wire", QUANTIZED)

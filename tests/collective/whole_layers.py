@@ -6,12 +6,14 @@ T tokens of all ranks, K top_k, H hidden_size, W ep_size, R runtime_max_tokens.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from moe_a2a import AllToAll, MoELayer
 from moe_a2a.experts import shared_encode_scale
+from moe_a2a.experts.base import output_dtype, rows_dtype
 from moe_a2a.experts.emulated import Emulated
 from moe_a2a.formats import quantize
 from tests.collective.layers import (
@@ -52,6 +54,20 @@ class QuantizesItself(Emulated):
         assert recv.x.dtype == torch.bfloat16
         assert recv.scales is None
         return super().__call__(recv, out=out)
+
+
+class Groups(Emulated):
+    """Experts that leave the sum to combine_grouped; gaps are NaN."""
+
+    def grouped_rows(self, recv):
+        lists = recv.group(4)
+        rows = recv.dequantize().flatten(0, 1)[lists.row_index.clamp(min=0)]
+        made = torch.full_like(rows, torch.nan)
+        edges = lists.expert_offsets.tolist()
+        for expert, (first, last) in enumerate(pairwise(edges)):
+            made[first:last] = self._expert(expert, rows[first:last], self.spec.wire)
+        made[lists.row_index < 0] = torch.nan
+        return made.to(rows_dtype(output_dtype(self.spec))), lists
 
 
 class Naive:
@@ -135,6 +151,18 @@ def play_deferring(ranks: RankContext, backend: str, case: Case) -> tuple[np.nda
     kinds = Emulated, QuantizesItself
     first, later = (play_layer(ranks, backend, case, kind)["plain"] for kind in kinds)
     return first, later
+
+
+def play_grouped(ranks: RankContext, backend: str, case: Case) -> list[dict[str, np.ndarray]]:
+    """A rank function: experts with grouped rows, and a function that returns them."""
+
+    def returned(_: RankContext, experts: Groups) -> Callable[..., Any]:
+        return lambda recv, *, out: experts.grouped_rows(recv)
+
+    return [
+        play_layer(ranks, backend, case, Groups),
+        play_layer(ranks, backend, case, Groups, returned),
+    ]
 
 
 def play_behind_nan(

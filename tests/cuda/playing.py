@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,13 +53,17 @@ class InTurn:
         self._ranks, self._experts = ranks, experts
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)
+        value = getattr(self._experts, name)
+        return partial(self._call, value) if name == "grouped_rows" else value
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self._call(self._experts, *args, **keywords)
+
+    def _call(self, compute: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
         stream = torch.cuda.current_stream()
 
         def call() -> Any:
-            result = self._experts(*args, **keywords)
+            result = compute(*args, **keywords)
             stream.synchronize()
             return result
 

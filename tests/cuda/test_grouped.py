@@ -124,6 +124,8 @@ def play_graph(ranks, case, replays):
     calls = [call_of(case, rnd, tokens_of(case, rnd, ranks.rank), place) for rnd in rounds]
     with opened(ranks, "nvlink", case) as a2a:
         grouped_rounds.play(a2a, ranks, case, Round(9, rows=12), 16)
+        # What it copies to the host could stand behind a peer's kernel that waits for this rank.
+        meet(ranks)
         eager = [layer_of(a2a, call)() for call in calls]
         given = {
             name: value.clone() if isinstance(value, torch.Tensor) else value

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed (extra `cuda`)")
+
 from moe_a2a import MoELayer, Spec
+from moe_a2a.experts.emulated import Emulated
+from moe_a2a.experts.mxfp4_w4a4 import Mxfp4W4A4
+from moe_a2a.experts.triton_w4a16 import TritonW4A16
 from tests import oracle_experts as oracle
 from tests.collective.layers import Case, plain
 from tests.collective.places import meet
@@ -22,15 +27,25 @@ from tests.oracle_formats import WIRES
 E, H, T = 6, 128, 12
 
 
-def play_in_turn(ranks, case):
-    return play_layer(ranks, "nvlink", case, wrapped=InTurn)
+def w4a16(spec, place, held, *, activations):
+    return TritonW4A16(spec, place, held)
 
 
+def w4a4(spec, place, held, *, activations):
+    return Mxfp4W4A4(spec, place, held)
+
+
+def play_in_turn(ranks, case, kind=Emulated):
+    return play_layer(ranks, "nvlink", case, kind, InTurn)
+
+
+@pytest.mark.parametrize("kind", [Emulated, w4a16, w4a4])
 @pytest.mark.parametrize("wire", WIRES)
-def test_every_wire_against_float64(wire):
-    case = Case(wire, "mxfp4")
-    by_rank = run_streams(2, play_in_turn, case)
-    check_close(case, {name: np.concatenate([p[name] for p in by_rank]) for name in by_rank[0]})
+def test_every_wire_against_float64(wire, kind):
+    for back in ("fp32", "bf16", "mxfp8"):
+        case = Case(wire, "mxfp4", combine_wire=back, defer=kind is w4a4)
+        by_rank = run_streams(2, play_in_turn, case, kind)
+        check_close(case, {name: np.concatenate([p[name] for p in by_rank]) for name in by_rank[0]})
 
 
 def test_four_ranks_give_what_one_does():

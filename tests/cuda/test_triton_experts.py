@@ -26,6 +26,7 @@ from tests.triton_cases import (
     received,
     weights,
 )
+from tests.triton_w4a4_cases import *  # noqa: F403
 
 BUILDS = [TritonW4A16, Mxfp4W4A4, Emulated]
 

@@ -17,12 +17,24 @@ ARCHITECTURES = {90: "sm_90a", 100: "sm_100a"}
 SHARED = 227 * 1024  # bytes that one program can have
 
 
-def gemm(arch, tile, *, gated, form="mxfp4", wide=False, bias=True, n=2048, k=7168, x_columns=None):
+def gemm(
+    arch,
+    tile,
+    *,
+    gated,
+    form="mxfp4",
+    wide=False,
+    bias=True,
+    n=2048,
+    k=7168,
+    x_columns=None,
+    out="bf16",
+):
     from moe_a2a.experts.triton_gemm import grouped_gemm
 
     types = {
         "x": "*bf16", "row_index": "*i32", "expert_offsets": "*i32", "words": "*i32",
-        "scales": "*i32", "out": "*bf16" if gated else "*fp32", "length": "i32", "x_stride": "i32",
+        "scales": "*i32", "out": f"*{out}", "length": "i32", "x_stride": "i32",
         "out_stride": "i32", "group_m": "i32",
     }  # fmt: skip
     constants = {
@@ -66,6 +78,13 @@ def test_the_tiles_of_the_table(arch, tile, gated):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_in_fp32(arch):
+    made = gemm(arch, tiles.Tile(256, 128, 8, 3, 8), gated=False, out="fp32")
+    assert made.shared <= SHARED
+    assert made.stack <= 64
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("form", ["nvfp4", "wide"])
 def test_other_ways_to_decode(arch, form):
     tile = tiles.Tile(32, 64, 4, 3)
@@ -76,10 +95,11 @@ def test_other_ways_to_decode(arch, form):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_sum_has_no_fused_multiply_add(arch):
+@pytest.mark.parametrize("rows", ["bf16", "fp32"])
+def test_the_sum_has_no_fused_multiply_add(arch, rows):
     from moe_a2a.experts.triton_sum import weighted_sum
 
-    types = {"rows": "*fp32", "positions": "*i32", "weights": "*fp32", "out": "*bf16",
+    types = {"rows": f"*{rows}", "positions": "*i32", "weights": "*fp32", "out": "*bf16",
              "rows_stride": "i32", "weights_stride": "i32", "out_stride": "i32"}  # fmt: skip
     constants = {"hidden": 7168, "top_k": 8, "top_k_up": 8, "block": 1024}
     made = built(weighted_sum, types, constants, arch=arch, warps=4)
