@@ -115,6 +115,18 @@ def test_products_of_grouped_rows(form, tile):
     check_rows(out, where, lambda row, e: w[e] @ x[row].double().numpy() + b[e], CLOSE)
 
 
+@pytest.mark.parametrize("rows", [(70, 60), (64, 65), (129, 193)])
+def test_tiles_that_end_in_their_first_half(rows):
+    matrix = ExpertMatrix.quantize(floats(2, 128, 128, seed=1), "mxfp4")
+    x = floats(sum(rows), 160, seed=2)
+    out, where = multiplied(
+        matrix, x, [[e] for e in (0, 1) for _ in range(rows[e])], Tile(128, 128, 4, 2)
+    )
+    assert sum(which is not None for which in where) == sum(rows)
+    w, known = decoded(matrix), x[:, :128].double().numpy()
+    check_rows(out, where, lambda row, e: w[e] @ known[row], CLOSE)
+
+
 def test_fewer_columns_in_and_out():
     matrix = ExpertMatrix.quantize(floats(2, 128, 256, seed=1), "mxfp4")
     x = floats(3, 160, seed=2)

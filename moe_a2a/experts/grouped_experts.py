@@ -185,6 +185,6 @@ def sum_up(rows: Tensor, grouped: Grouped, router: Tensor, out: Tensor) -> Tenso
     weighted_sum[(n, triton.cdiv(hidden, _SUM_BLOCK))](
         rows, grouped.positions, router.contiguous(), flat, rows.stride(0), top_k, hidden,
         hidden=hidden, top_k=top_k, top_k_up=triton.next_power_of_2(top_k), block=_SUM_BLOCK,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=2, enable_fp_fusion=False,
     )  # fmt: skip
     return out if flat is out else out.copy_(flat)

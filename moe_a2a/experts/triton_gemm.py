@@ -22,6 +22,7 @@ _TWO_TO_126 = tl.constexpr(0x7E807E80)
 _TWO_TO_120 = tl.constexpr(0x7B807B80)
 _TWO_TO_117 = tl.constexpr(0x7A007A00)
 _NAN = tl.constexpr(0x7FC07FC0)
+_HALVED = tl.constexpr(128)  # rows of the smallest tile that is halved
 
 
 @triton.jit
@@ -180,33 +181,22 @@ def tile_of(
 
 
 @triton.jit
-def grouped_gemm(
-    x, row_index, expert_offsets, words, scales, decode_scale, bias, out,
-    length, x_stride, out_stride, group_m,
-    experts: tl.constexpr, experts_up: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
+def _tile(
+    x, row_index, words, scales, decode_scale, bias, out, length, x_stride, out_stride,
+    start, tile, expert, n: tl.constexpr, k: tl.constexpr,
     x_columns: tl.constexpr, out_columns: tl.constexpr, gather: tl.constexpr,
     gated: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr, limit: tl.constexpr,
     nvfp4: tl.constexpr, wide: tl.constexpr, far: tl.constexpr, block_m: tl.constexpr,
     block_n: tl.constexpr, warps: tl.constexpr,
 ):  # fmt: skip
-    """out [L, n] = x @ w.T + bias of each row's expert; gated: the activation of both halves.
-
-    Rows of ``out`` whose row_index is -1 stay as they are, and rows of x are read only where it is
-    not. x: bf16, [rows, x_columns] by row_index where ``gather``, else [L, x_columns]; columns of w
-    past x_columns meet zeros. ``far``: x has more than 2^31 elements.
-    bias: fp32 [E, n] ([E, 2n] gated) or None.
-    """
-    start, tile, expert = tile_of(
-        tl.program_id(0), expert_offsets, experts, experts_up, n // block_n, block_m, group_m
-    )
-    if expert == experts:
-        return
+    """``block_m`` rows from ``start`` on times ``block_n`` rows of an expert's matrix."""
     at = start + tl.arange(0, block_m)
     rows = tl.load(row_index + at, mask=at < length, other=-1)
-    if tl.max(rows, 0) < 0:  # of an expert whose rows end before its alignment does
-        return
     live = rows >= 0
-    source = tl.where(live, rows, 0) if gather else at
+    # Lanes without a row of their own get zeros where that saves reading, and another's row where
+    # it would cost more than it saves; their results are not stored.
+    masked: tl.constexpr = block_m < _HALVED
+    source = tl.where(live, rows, 0) if gather else tl.minimum(at, length - 1)
     columns = tl.arange(0, 128)
     if far:
         source = source.to(tl.int64)
@@ -223,10 +213,13 @@ def grouped_gemm(
     total = tl.zeros((block_n, block_m), tl.float32)
     upper = tl.zeros((block_n, block_m), tl.float32)
     for chunk in range(k // 128):
-        wanted = live[:, None]
-        if x_columns < k:
-            wanted = wanted & (columns[None, :] < x_columns - chunk * 128)
-        xs = tl.load(x + offsets, mask=wanted, other=0.0).T
+        if masked or x_columns < k:
+            wanted = live[:, None] | (not masked)
+            if x_columns < k:
+                wanted = wanted & (columns[None, :] < x_columns - chunk * 128)
+            xs = tl.load(x + offsets, mask=wanted, other=0.0).T
+        else:
+            xs = tl.load(x + offsets).T
         w = tl.load(w_at).to(tl.uint32, bitcast=True)
         f = _factors(tl.load(s_at).to(tl.uint32, bitcast=True), nvfp4, wide)
         f2 = f
@@ -257,3 +250,47 @@ def grouped_gemm(
     if out_columns < n:
         wanted = wanted & (w_rows[:, None] < out_columns)
     tl.store(out_at, rounded(total, out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def grouped_gemm(
+    x, row_index, expert_offsets, words, scales, decode_scale, bias, out,
+    length, x_stride, out_stride, group_m,
+    experts: tl.constexpr, experts_up: tl.constexpr, n: tl.constexpr, k: tl.constexpr,
+    x_columns: tl.constexpr, out_columns: tl.constexpr, gather: tl.constexpr,
+    gated: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr, limit: tl.constexpr,
+    nvfp4: tl.constexpr, wide: tl.constexpr, far: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr, warps: tl.constexpr,
+):  # fmt: skip
+    """out [L, n] = x @ w.T + bias of each row's expert; gated: the activation of both halves.
+
+    Rows of ``out`` whose row_index is -1 stay as they are. x: bf16, [rows, x_columns] by row_index
+    where ``gather``, else [L, x_columns]; columns of w past x_columns meet zeros. ``far``: x has
+    more than 2^31 elements.
+    bias: fp32 [E, n] ([E, 2n] gated) or None.
+    """
+    start, tile, expert = tile_of(
+        tl.program_id(0), expert_offsets, experts, experts_up, n // block_n, block_m, group_m
+    )
+    if expert == experts:
+        return
+    at = start + tl.arange(0, block_m)
+    rows = tl.load(row_index + at, mask=at < length, other=-1)
+    # An expert's rows come before its gaps.
+    live = tl.sum((rows >= 0).to(tl.int32), 0)
+    if live == 0:
+        return
+    # Where products and not weights take the time, half a tile is worth code of its own: it ends
+    # the rows of half of the experts.
+    if block_m >= _HALVED and live <= block_m // 2:
+        _tile(
+            x, row_index, words, scales, decode_scale, bias, out, length, x_stride, out_stride,
+            start, tile, expert, n, k, x_columns, out_columns, gather, gated, alpha, beta, limit,
+            nvfp4, wide, far, block_m // 2, block_n, warps,
+        )  # fmt: skip
+    else:
+        _tile(
+            x, row_index, words, scales, decode_scale, bias, out, length, x_stride, out_stride,
+            start, tile, expert, n, k, x_columns, out_columns, gather, gated, alpha, beta, limit,
+            nvfp4, wide, far, block_m, block_n, warps,
+        )  # fmt: skip

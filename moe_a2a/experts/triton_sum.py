@@ -13,6 +13,15 @@ from moe_a2a.experts.triton_gemm import rounded, widened
 __all__ = ["weighted_sum"]
 
 
+_NONE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _next(positions, at):
+    """The least that is more than ``at``."""
+    return tl.min(tl.where(positions > at, positions, _NONE), 0)
+
+
 @triton.jit
 def weighted_sum(
     rows, positions, weights, out, rows_stride, weights_stride, out_stride,
@@ -32,14 +41,11 @@ def weighted_sum(
     total = tl.zeros((block,), tl.float32)
     if tl.min(there, 0) == -2:
         total += float("nan")
-    done = -1
-    for _ in tl.static_range(top_k):
-        at = tl.min(tl.where(there > done, there, 0x7FFFFFFF), 0)
-        found = at < 0x7FFFFFFF
+    at = _next(there, -1)
+    while at != _NONE:
         weight = tl.sum(tl.where(there == at, router, 0.0), 0)
-        inside = found & (columns < hidden)
-        y = tl.load(rows + at.to(tl.int64) * rows_stride + columns, mask=inside, other=0.0)
-        total = tl.where(found, total + widened(y) * weight, total)
-        done = at
+        y_at = rows + at.to(tl.int64) * rows_stride + columns
+        total += widened(tl.load(y_at, mask=columns < hidden, other=0.0)) * weight
+        at = _next(there, at)
     tl.store(out + row * out_stride + columns, rounded(total, out.dtype.element_ty),
              mask=columns < hidden)  # fmt: skip

@@ -10,14 +10,13 @@ pytest.importorskip("triton", reason="triton is not installed (extra `cuda`)")
 from moe_a2a import AllToAll, Spec
 from moe_a2a.experts import select
 from moe_a2a.experts.emulated import Emulated
+from moe_a2a.experts.four_bits import arrange
+from moe_a2a.experts.mxfp4_w4a4 import Mxfp4W4A4
+from moe_a2a.experts.tiles import Tile, Tiles
 from moe_a2a.experts.triton_w4a16 import TritonW4A16
 from tests.triton_cases import *  # noqa: F403
 from tests.triton_cases import (
     DEVICE,
-    Mxfp4W4A4,
-    Tile,
-    Tiles,
-    arrange,
     check_rows,
     decoded,
     floats,
