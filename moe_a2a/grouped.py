@@ -37,6 +37,8 @@ __all__ = [
 _PLACES = 2**31 - 1  # they are numbered by int32
 _SEGMENT = 128  # choices that a warp counts, at least
 _SEGMENTS = 256  # warps that count, at most
+_ONE_BLOCK = 8192  # choices that one block lists sooner than three kernels, about
+_ONE_BLOCK_EXPERTS = 361  # whose counts fit the shared memory of one block
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +135,9 @@ def listed(
             )
         return found
     segments = max(min(-(-ids.numel() // _SEGMENT), _SEGMENTS), 1)
-    scratch = ids.new_empty((segments + 1) * experts)
+    if ids.numel() <= _ONE_BLOCK and experts <= _ONE_BLOCK_EXPERTS:
+        segments = 0
+    scratch = ids.new_empty((segments + 1) * experts if segments else 0)
     if library is not None:
         library.group(*own, scratch, segments, 0)
         return found

@@ -132,15 +132,17 @@ int64_t run_combine_grouped(ffi::ObjectRef handle, ffi::TensorView rows, ffi::Te
   return 0;
 }
 
-// On the current device; `scratch`: (segments + 1) * experts words.
+// On the current device; `scratch`: (segments + 1) * experts words, or none without segments.
 void run_group(ffi::TensorView ids, ffi::TensorView weights, ffi::TensorView counts,
                int64_t first_expert, int64_t align, ffi::TensorView offsets,
                ffi::TensorView row_index, ffi::TensorView row_weights, ffi::TensorView positions,
                ffi::TensorView scratch, int64_t segments, int64_t stream) {
   const GroupArgs a = group_args(kDevice, ids, weights, counts, first_expert, align, offsets,
                                  row_index, row_weights, positions);
-  require(segments >= 1 && segments <= 1 << 20, "segments");
-  void* words = words_of(scratch, kDevice, true, (segments + 1) * a.experts, "scratch");
+  require(segments >= 0 && segments <= 1 << 20, "segments");
+  require(segments > 0 || a.experts <= kOneBlockExperts, "as many experts as one block can count");
+  const int64_t needed = segments == 0 ? 0 : (segments + 1) * a.experts;
+  void* words = words_of(scratch, kDevice, true, needed, "scratch");
   check(launch_group(a, static_cast<uint32_t*>(words), segments, stream_of(stream)));
 }
 

@@ -268,7 +268,7 @@ const char* load_kernels() {
     }
   }
   for (const void* kernel : {meet_peers_kernel(), note_end_kernel(), note_clock_kernel(),
-                             count_kernel(), scan_kernel(), place_kernel()})
+                             count_kernel(), scan_kernel(), place_kernel(), list_kernel()})
     kernels.push_back(kernel);
   for (int run : {1, 2})
     for (bool many : {false, true}) kernels.push_back(dispatch_small_kernel(many, run));

@@ -26,11 +26,17 @@ const char* launch_group(const GroupArgs& a, uint32_t* scratch, int64_t segments
   p.a = a;
   p.totals = scratch;
   p.table = scratch + a.experts;
+  const bool one_block = segments == 0;
+  if (one_block) segments = kOneBlockWarps;
   p.segments = static_cast<int32_t>(segments);
   p.share = static_cast<int32_t>((a.choices() + segments - 1) / segments);
   p.end = static_cast<uint32_t>(a.end());
   p.by_rows = fast_divisor(a.rows);
   p.by_top_k = fast_divisor(a.top_k);
+  if (one_block) {
+    const int bytes = a.experts * (kOneBlockStride + 1) * 4;
+    return launch(list_kernel(), 1, kOneBlockWarps * 32, bytes, p, stream);
+  }
   const int shared = a.experts <= kSharedExperts ? a.experts * 4 : 0;
   const int64_t scans = (int64_t{a.experts} * 32 + kScanThreads - 1) / kScanThreads;
   if (const char* error = launch(count_kernel(), segments, 32, shared, p, stream)) return error;

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_a2a import Grouped
+from moe_a2a import Grouped, grouped
 from moe_a2a.grouped import Choices, listed
 from moe_a2a.spec import COMBINE_WIRES
 from tests import oracle_grouped as oracle
@@ -40,11 +40,17 @@ def check(given, experts, align, first=3):
 
 
 @pytest.mark.parametrize("align", [1, 32, 128])
-def test_lists_are_those_of_the_cpu(align):
+def test_lists_are_those_of_the_cpu(align, way):
     shapes = [(1, 1, 1, 1), (2, 9, 3, 5)]
-    shapes += [(3, 40, 8, 64), (4, 5, 2, 0), (2, 0, 4, 7), (2, 70, 32, 33)]
+    shapes += [(3, 40, 8, 64), (4, 5, 2, 0), (2, 0, 4, 7), (2, 70, 32, 33), (2, 512, 8, 361)]
     for seed, (size, rows, top_k, experts) in enumerate(shapes * 2):
         check(drawn(size, rows, top_k, experts, seed), experts, align)
+
+
+@pytest.fixture(params=["one block", "three kernels"])
+def way(request, monkeypatch):
+    if request.param == "three kernels":
+        monkeypatch.setattr(grouped, "_ONE_BLOCK", -1)
 
 
 def test_many_segments():
@@ -58,7 +64,7 @@ def test_more_experts_than_shared_memory_holds():
     check(drawn(1, 300, 8, 8300, 2), 8300, 4)
 
 
-def test_choices_without_a_place():
+def test_choices_without_a_place(way):
     given = drawn(2, 30, 4, 2, 2, most=5)
     given[0][:, :, :] = np.where(given[0] < 3, 3, given[0])
     given[2][:] = 30
