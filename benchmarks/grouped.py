@@ -86,8 +86,9 @@ def compare(
             out.fill_(torch.nan)
             timings = measure_on_device(dispatch, combine, EFFORT, PAIRS, line, captured=True)
             a2a.check()
-            # In the steps the order of the sums is torch's own.
-            torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+            # The steps round sums to bf16 before they travel, quantized or not.
+            off = (out.float() - expected.float()).square().sum() / expected.float().square().sum()
+            assert off < 1e-3, f"combine_grouped is {float(off):.2g} from the steps"
             found.append(slowest(timings, "combine"))
     return found[0], found[1], group
 

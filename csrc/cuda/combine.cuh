@@ -17,10 +17,10 @@
 namespace moe_a2a::cuda {
 namespace {
 
-template <class Source, int kPush, int kRun>
-constexpr int kMost =
-    kWarp * (Source::kSums ? kGroupedWarps : combine_warps({kPush, kRun}));  // threads
-constexpr int kNothing = 1 << 30;                                            // past every unit
+template <class Source, class Row, int kPush, int kRun>
+constexpr int kMost = kWarp * (Source::kSums ? grouped_warps({kPush, kRun}, Row::kChunks)
+                                             : combine_warps({kPush, kRun}));  // threads
+constexpr int kNothing = 1 << 30;                                              // past every unit
 
 // Which units a warp takes, a unit being a run of a row or of a token.
 struct Share {
@@ -261,7 +261,7 @@ __device__ __forceinline__ bool sum_run(const typename Source::Launch& p, const 
 }
 
 template <class Source, class Row, int kPush, int kRun>
-__global__ void __launch_bounds__(kMost<Source, kPush, kRun>, 1)
+__global__ void __launch_bounds__(kMost<Source, Row, kPush, kRun>, 1)
     combine(const typename Source::Launch __grid_constant__ p) {
   const Roles roles(p);
   const Outgoing<Source, Row, kPush> out(p, roles.push.first);

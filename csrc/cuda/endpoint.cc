@@ -196,7 +196,9 @@ const char* combine(Endpoint& e, GroupedLaunch& p, bool grouped, cudaStream_t st
   const int64_t rows = std::max(e.max_rows * targets, e.tokens), room = 16 * movers(e.blocks);
   const auto runs_of = [&](int run) { return (steps + run - 1) / run; };
   CombineRuns runs{1, 1};
-  if (rows * runs_of(1) > room) runs = grouped ? longest_grouped_runs(chunks) : CombineRuns{2, 2};
+  // Two short sums wait less for their rows than a long one.
+  if (rows * runs_of(1) > (grouped ? 2 * room : room))
+    runs = grouped ? longest_grouped_runs(chunks) : CombineRuns{2, 2};
   const bool divided = e.blocks > 1 && rows * runs_of(2) > kRoundsTogether * room;
   if (divided) {
     if (!grouped) runs = longest_runs(chunks);
@@ -210,7 +212,7 @@ const char* combine(Endpoint& e, GroupedLaunch& p, bool grouped, cudaStream_t st
   p.by_push_runs = fast_divisor(p.push_runs);
   p.by_runs = fast_divisor(p.runs);
   p.by_targets = fast_divisor(targets);
-  const int most = grouped ? kGroupedWarps : combine_warps(runs);
+  const int most = grouped ? grouped_warps(runs, chunks) : combine_warps(runs);
   Grid grid = packets_grid(e, rows * p.runs, most);
   if (divided) grid.blocks = e.blocks;
   const int wire = e.shape.combine_wire;

@@ -47,7 +47,9 @@ const void* combine_kernel(int combine_wire, int scalar, CombineRuns runs);
 constexpr CombineRuns longest_grouped_runs(int chunks) {
   return chunks == 1 ? CombineRuns{2, 2} : chunks == 2 ? CombineRuns{2, 1} : CombineRuns{1, 1};
 }
-constexpr int kGroupedWarps = 12;
+constexpr int grouped_warps(CombineRuns runs, int chunks) {
+  return chunks == 1 && runs.push == 1 ? 16 : 12;
+}
 const void* grouped_kernel(int combine_wire, int scalar, CombineRuns runs);
 
 }  // namespace moe_a2a::cuda
