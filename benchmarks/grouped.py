@@ -95,7 +95,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tokens", default="8,128,1024,4096")
+    parser.add_argument("--tokens", default="1,8,32,64,128,256,512,1024,4096")
     parser.add_argument("--combine-wire", default="bf16", choices=("bf16", "fp8_block128", "mxfp8"))
     parser.add_argument("--align", type=int, default=128)
     arguments = parser.parse_args()

@@ -58,8 +58,9 @@ def run_local(
     kernel of another that waits for its peers; if such a peer is the one that is stalled, until
     the wait expires. So does a launch once some 1000 are queued, and it keeps the interpreter
     meanwhile: synchronize the stream every few dozen rounds. And so can copies between host and
-    device, in line behind a copy whose own stream waits: synchronize before ``cpu()``. Threads share torch's random
-    generator: draw from ``torch.Generator().manual_seed(ranks.seed + ranks.rank)``.
+    device, in line behind a copy whose own stream waits: synchronize before ``cpu()``. Threads
+    share torch's random generator: draw from
+    ``torch.Generator().manual_seed(ranks.seed + ranks.rank)``.
 
     Args:
         device: None is the CPU.
