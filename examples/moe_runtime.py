@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -73,6 +74,7 @@ TOLERANCE = 0.02
 H, INNER, E, TOP_K, LAYERS, VOCABULARY = 256, 128, 16, 4, 3, 512
 BATCHES = (61, 9, 2)  # tokens of a prompt, then of two steps of decoding: some ranks have none
 FACTOR = 1.5  # routed_scaling_factor
+NAMES = {"mxfp4": "gate_up_proj_blocks", "nvfp4": "w13_weight"}  # by which a file is known
 LARGEST_INPUT = 8.0  # of the rows that meet w13, as if calibrated
 
 
@@ -133,11 +135,20 @@ def ready(path: Path, form: str) -> None:
             pass
     except OSError as error:
         raise WrongArgument(f"--file {path}: {error.strerror or error}") from None
+    except RuntimeError as error:  # torch's own, of a full disk for one
+        raise WrongArgument(f"--file {path}: {str(error).splitlines()[0]}") from None
     try:
-        names = set(torch.load(path, mmap=True, weights_only=True)["layers"][0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of other files
+            stored = dict(torch.load(path, mmap=True, weights_only=True))
+        layers = stored["layers"]
+        held = [form for form, name in NAMES.items() if all(name in tensors for tensors in layers)]
+        whole = stored["embedding"].shape == (VOCABULARY, H) and len(layers) == LAYERS
     except Exception:  # truncated, or anything else: torch raises a dozen kinds
-        raise WrongArgument(f"--file {path}: not a whole checkpoint of this example") from None
-    holds = "mxfp4" if "gate_up_proj_blocks" in names else "nvfp4"
+        whole = False
+    if not whole or not held:
+        raise WrongArgument(f"--file {path}: not a whole checkpoint of this example")
+    holds = held[0]
     if holds != form:
         raise WrongArgument(f"--file {path}: it holds {holds} weights, not {form}")
 

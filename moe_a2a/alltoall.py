@@ -208,8 +208,7 @@ class AllToAll(Lifecycle):
         """
         if is_dynamo_compiling():
             return compiled.combine(self, y, out)
-        if self._blocked or not self._dispatched:
-            raise self._refusal("combine", dispatched=True)
+        self.need_dispatched("combine")
         tokens, rows = self.round
         self._rules.expert_output(y, rows)
         if out is None:
@@ -243,8 +242,7 @@ class AllToAll(Lifecycle):
         """
         if is_dynamo_compiling():
             return compiled.combine_grouped(self, rows, grouped, out)
-        if self._blocked or not self._dispatched:
-            raise self._refusal("combine_grouped", dispatched=True)
+        self.need_dispatched("combine_grouped")
         tokens, most = self.round
         dtype = self._rules.grouped_output(rows, grouped, most, self._counted)
         if out is None:
@@ -283,8 +281,8 @@ class AllToAll(Lifecycle):
             PayloadError: a dtype that the combine wire does not take.
         """
         compiling = is_dynamo_compiling()
-        if not compiling and (self._blocked or not self._dispatched):
-            raise self._refusal("combine_buffer", dispatched=True)
+        if not compiling:
+            self.need_dispatched("combine_buffer")
         accepted = self._rules.combine_dtypes
         if dtype is None:
             dtype = accepted[0]

@@ -202,6 +202,7 @@ def weighted_sums(rows: Tensor, grouped: Grouped, first: int, count: int) -> Ten
     """float32 [count, H]: what `AllToAll.combine_grouped` makes of ``count`` received rows, from
     the flat row ``first`` on, in plain torch."""
     places = grouped.positions[first : first + count].sort(1).values
+    places = places.where(places < rows.shape[0], -2)  # as what has no place at all
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     for choice in places.unbind(1):  # ascending
         at = (choice >= 0).nonzero().squeeze(1)

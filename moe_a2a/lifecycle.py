@@ -156,6 +156,11 @@ class Lifecycle:
             raise StateError(f"{call} after close()")
         return self._impl
 
+    def need_dispatched(self, call: str) -> None:
+        """Raises why ``call`` can't be made now, unless a dispatch is open."""
+        if self._blocked or not self._dispatched:
+            raise self._refusal(call, dispatched=True)
+
     def _refusal(self, call: str, *, dispatched: bool) -> MoeA2AError:
         """Why ``call``, which needs ``dispatched``, can't be made now."""
         try:

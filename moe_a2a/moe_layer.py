@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from moe_a2a.alltoall import AllToAll
 from moe_a2a.errors import GeometryError, PayloadError
-from moe_a2a.experts.base import output_dtype, wire_misfit
+from moe_a2a.experts.base import PLAIN_OUTPUTS, output_dtype, wire_misfit
 from moe_a2a.prepare_finalize import PrepareFinalize
 from moe_a2a.spec import Spec
 from moe_a2a.wording import describe, shown
@@ -47,7 +47,7 @@ class MoELayer:
             applied, or grouped rows, ``(rows [N, H], grouped)``, for `AllToAll.combine_grouped`.
             Asked of it, where it has them: ``expects_unquantized_inputs`` (then the layer defers),
             ``accepts``, ``invalid_expert_id`` and ``hidden_dim_unpadded``; and ``grouped_rows``
-            (`moe_a2a.experts.base.GroupsRows`), which is called instead.
+            (`moe_a2a.experts.base.GroupsRows`), which is called instead. No gradient is recorded.
         options: of `AllToAll`, besides a Spec: ``backend``, ``device``, ``timeout``...
 
     Raises:
@@ -77,7 +77,7 @@ class MoELayer:
             exchange if isinstance(exchange, AllToAll) else AllToAll(spec, group, **options)
         )
         self._ends = PrepareFinalize(self.a2a)
-        self._grouped_rows: Callable[[Received], tuple[Tensor, Grouped]] | None = getattr(
+        self._grouped_rows: Callable[[Received], Any] | None = getattr(
             experts, "grouped_rows", None
         )
         check_fits = getattr(getattr(experts, "weights", None), "check_fits", None)
@@ -107,8 +107,9 @@ class MoELayer:
         """``round(f32(sum over the experts of weight * expert(x)) * factor + shared)``, [T, H].
 
         The sum is rounded to the combine wire before the factor and the shared experts' output are
-        applied, here and nowhere else. If the experts raise, the round stays open on this rank and
-        the others time out: `AllToAll.reset` on all of them goes on.
+        applied, here and nowhere else. If the experts raise, or return what combine refuses, the
+        round stays open on this rank and the others time out: `AllToAll.reset` on all of them goes
+        on.
 
         Args:
             x: [T, H], as `AllToAll.dispatch` takes it; T may be 0.
@@ -127,7 +128,8 @@ class MoELayer:
 
         Raises:
             PayloadError, CapacityError, StateError: a wrong argument or a wrong phase; nothing was
-                sent, and the layer may be called again.
+                sent, and the layer may be called again. What experts return is looked at when they
+                do, as said above.
             PeerTimeout: ranks that did not arrive.
         """
         if isinstance(x, torch.Tensor) and x.dim() == 2:  # dispatch refuses anything else
@@ -147,21 +149,32 @@ class MoELayer:
             **prepare_keywords,
         ).received
         y, grouped = self.compute(recv)
-        return self._ends.finalize(
-            y,
-            grouped=grouped,
-            out=out,
-            routed_scaling_factor=routed_scaling_factor,
-            shared=shared,
-        )
+        more: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "shared": shared}
+        dtype = output_dtype(self.spec)
+        if self.spec.combine_wire in PLAIN_OUTPUTS or y.dtype == dtype:
+            return self._ends.finalize(y, grouped=grouped, out=out, **more)
+        # A quantized combine returns what it was given: of experts with fp32, fp32.
+        wide = self._ends.finalize(y, grouped=grouped, **more)
+        return wide.to(dtype) if out is None else out.copy_(wide)
 
     def compute(self, recv: Received) -> tuple[Tensor, Grouped | None]:
         """The experts alone, between `PrepareFinalize.prepare` and ``finalize``: y, and its order
         where it is grouped rows."""
-        if self._grouped_rows is not None:
-            return self._grouped_rows(recv)
-        y = self.experts(recv, out=self.a2a.combine_buffer())
-        return y if isinstance(y, tuple) else (y, None)
+        with torch.no_grad():
+            if self._grouped_rows is not None:
+                made = self._grouped_rows(recv)
+            else:
+                made = self.experts(recv, out=self.a2a.combine_buffer())
+        if isinstance(made, torch.Tensor) and self._grouped_rows is None:
+            return made, None
+        pair = isinstance(made, tuple) and len(made) == 2
+        if not pair or not isinstance(made[0], torch.Tensor):
+            wanted = "(rows [N, H], grouped)"
+            if self._grouped_rows is None:
+                wanted = f"a tensor y [W, R, H], or {wanted}"
+            raise PayloadError(f"the experts returned {shown(made)}: expected {wanted}")
+        rows, grouped = made
+        return rows, grouped
 
     def close(self) -> None:
         """Closes the exchange if this layer opened it; local, idempotent, waits for nobody."""
@@ -201,6 +214,9 @@ class MoELayer:
 
 def _fitting(experts: object, spec: Spec) -> Callable[..., Any]:
     """``experts``, or a GeometryError that says what does not fit."""
+    grouped_rows = getattr(experts, "grouped_rows", None)
+    if grouped_rows is not None and not callable(grouped_rows):
+        raise GeometryError(f"experts.grouped_rows={shown(grouped_rows)}: must be a method")
     if not callable(experts) or isinstance(experts, type):
         raise GeometryError(
             f"experts={shown(experts)}: must be experts of this rank, such as "

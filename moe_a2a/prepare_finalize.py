@@ -104,9 +104,12 @@ class PrepareFinalize:
             shared: [T, H], output of the shared experts.
 
         Raises:
+            StateError: no dispatch is open.
             PayloadError: the factor is no number, ``shared`` has another shape or device, is no
                 floating tensor or requires grad; nothing was sent.
         """
+        if not is_dynamo_compiling():
+            self.a2a.need_dispatched("finalize")
         factor = self.check_finalize(self.a2a.round_tokens, shared, routed_scaling_factor)
         if shared is not None and isinstance(out, torch.Tensor):
             apart = not is_dynamo_compiling() and not _may_overlap(out, shared)

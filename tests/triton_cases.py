@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from moe_a2a import AllToAll, Spec
-from moe_a2a.experts import GPT_OSS, SILU, Activation, ExpertMatrix, ExpertWeights
+from moe_a2a import AllToAll, Received, Spec
+from moe_a2a.experts import (
+    GPT_OSS,
+    SILU,
+    Activation,
+    ExpertMatrix,
+    ExpertWeights,
+    from_deepseek_v4,
+)
 from moe_a2a.experts.four_bits import arrange
+from moe_a2a.experts.mxfp4_w4a4 import Mxfp4W4A4
 from moe_a2a.experts.tiles import Tile, Tiles
 from moe_a2a.grouped import Choices, Grouped, listed, weighted_sums
 from tests import oracle_experts as oracle
@@ -273,6 +281,25 @@ def test_w4a16_takes_every_wire(wire):
     spec, held = Spec(1, E, 3, 128, T, wire=wire), weights(hidden=128)
     got = computed(TritonW4A16, spec, held)
     assert oracle.far_rows(got, foreseen(spec, held, "bf16"), 2e-7) == 0
+
+
+def test_a_rank_without_experts():
+    from moe_a2a.experts.emulated import Emulated
+    from moe_a2a.experts.triton_w4a16 import TritonW4A16
+
+    spec = Spec(4, 3, 1, 256, T)
+    none = from_deepseek_v4([], limit=7.0, hidden_size=256, intermediate_size=128).to(DEVICE)
+    rows = torch.full((4, T, 256), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    ids = torch.full((4, T, 1), -1, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    recv = Received(rows, None, ids, ids.float(), counts, {}, None, spec, 3, deferred=False)
+    for build in (TritonW4A16, Mxfp4W4A4, Emulated):
+        experts = build(spec, DEVICE, none)
+        assert not experts(recv).any()
+        if build is not Emulated:
+            made, lists = experts.grouped_rows(recv)
+            assert made.shape == (0, 256)
+            assert len(lists.row_index) == 0
 
 
 @pytest.mark.parametrize("sizes", [(96, 64), (128, 96)])

@@ -13,6 +13,7 @@ from moe_a2a import experts
 from moe_a2a.bench.cases import Geometry, UsageError
 from moe_a2a.errors import GeometryError
 from moe_a2a.experts.matrix import weight_format
+from moe_a2a.experts.selection import load
 
 if TYPE_CHECKING:
     import argparse
@@ -85,4 +86,10 @@ def layer_sweep(sweep: Sweep, arguments: argparse.Namespace) -> LayerSweep:
         if name not in experts.EXPERTS:
             there = ", ".join(experts.EXPERTS)
             raise UsageError(f"--expert-backend {name}: no such backend; there are {there}")
+        takes = load(name).device_types
+        if sweep.device not in takes:
+            raise UsageError(
+                f"--expert-backend {name}: computes with {'/'.join(takes)} tensors, and the "
+                f"ranks' are on {sweep.device}"
+            )
     return LayerSweep(sweep, inner, form.name, None if wanted is None else tuple(wanted))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_a2a.spec import Spec
 
 __all__ = [
+    "PLAIN_OUTPUTS",
     "Experts",
     "GroupsRows",
     "Held",
@@ -30,7 +31,8 @@ __all__ = [
     "wire_misfit",
 ]
 
-_OUTPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# By combine wire; quantized ones return what they are given.
+PLAIN_OUTPUTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Experts(Protocol):
@@ -76,7 +78,8 @@ class Experts(Protocol):
         """y [W, R, H] of a dispatch, the router weights applied, in `output_dtype`.
 
         A row is the sum over its token's choices of experts here, in fp32 from +0.0, ascending by
-        expert, then choice, product and add unfused, rounded once. Rows without such a choice,
+        expert, then choice, product and add unfused, rounded once. What is summed may have been
+        rounded to `rows_dtype` before. Rows without such a choice,
         padding among them, are zeros, whatever they held.
 
         Args:
@@ -88,7 +91,7 @@ class Experts(Protocol):
         """
 
 
-class GroupsRows(Protocol):
+class GroupsRows(Experts, Protocol):
     """Experts that can leave the weighted sum to `AllToAll.combine_grouped`."""
 
     def grouped_rows(self, recv: Received) -> tuple[Tensor, Grouped]:
@@ -110,7 +113,7 @@ class Held(Protocol):
 
 def output_dtype(spec: Spec) -> torch.dtype:
     """What experts return without ``out``: the combine wire's dtype, bf16 if that is quantized."""
-    return _OUTPUTS.get(spec.combine_wire, torch.bfloat16)
+    return PLAIN_OUTPUTS.get(spec.combine_wire, torch.bfloat16)
 
 
 def rows_dtype(output: torch.dtype) -> torch.dtype:
@@ -161,7 +164,7 @@ def check_call(spec: Spec, recv: object, weights: Held, out: object) -> Received
         isinstance(out, torch.Tensor)
         and not out.is_nested
         and out.shape == shape
-        and out.dtype in _OUTPUTS.values()
+        and out.dtype in PLAIN_OUTPUTS.values()
         and out.device == recv.x.device
     )
     if not good:

@@ -98,9 +98,10 @@ def arrange(matrix: ExpertMatrix) -> Arranged:
         word = (parts[0] | parts[1] | parts[2] | parts[3]).view(rows, chunks, 4, 4)
         words[expert] = word.permute(1, 0, 3, 2).reshape(chunks, rows, 16)
     assert matrix.scales is not None
-    parted = matrix.scales.reshape(experts, rows, chunks, 4, -1)  # ..., i, s
+    kinds = matrix.scales.shape[2] // (chunks * 4)
+    parted = matrix.scales.reshape(experts, rows, chunks, 4, kinds)  # ..., i, s
     planes = parted.permute(0, 2, 4, 1, 3).reshape(-1).view(torch.int32)
-    scales = planes.view(experts, chunks, parted.shape[4], rows)
+    scales = planes.view(experts, chunks, kinds, rows)
     decode = None
     if matrix.format == "nvfp4":
         ones = torch.ones(experts, dtype=torch.float32, device=words.device)

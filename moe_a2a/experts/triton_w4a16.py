@@ -125,7 +125,7 @@ class TritonW4A16:
 
     @torch.no_grad()
     def grouped_rows(self, recv: Received) -> tuple[Tensor, Grouped]:
-        """As `moe_a2a.experts.base.GroupedRows`."""
+        """As `moe_a2a.experts.base.GroupsRows`."""
         recv = check_call(self.spec, recv, self._experts, None)
         dtype = rows_dtype(output_dtype(self.spec))
         return self._experts.rows(_plain(recv), recv, dtype, tiles=self.tiles)

@@ -232,6 +232,7 @@ def test_sizes_of_models():
         ({"intermediate": 48}, "--intermediate 48: mxfp4 weights need a multiple of 32"),
         ({"intermediate": 64, "weights": "int4"}, "--weights: format='int4'"),
         ({"intermediate": 64, "expert_backend": ["marlin"]}, "there are .*emulated"),
+        ({"expert_backend": ["triton_w4a16"]}, "computes with cuda tensors, .* on cpu"),
     ],
 )
 def test_wrong_arguments(given, said):

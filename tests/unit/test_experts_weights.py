@@ -15,6 +15,7 @@ from moe_a2a.experts import (
     padded,
     shared_encode_scale,
 )
+from moe_a2a.experts.four_bits import arrange
 from tests import oracle_experts as oracle
 from tests.formats_cases import raw
 
@@ -85,6 +86,18 @@ def test_other_dtypes_for_the_same_bytes():
             )
             assert same.payload.dtype == same.scales.dtype == torch.uint8
             assert torch.equal(same.dequantize(), matrix.dequantize())
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+def test_no_experts_are_arranged_too(form):
+    some = ExpertMatrix.quantize(torch.ones(1, 128, 256), form)
+    decode = None if some.decode_scale is None else some.decode_scale[:0]
+    none, one = (
+        arrange(ExpertMatrix(some.payload[:0], form, some.scales[:0], decode)),
+        arrange(some),
+    )
+    assert none.words.shape == (0, *one.words.shape[1:])
+    assert none.scales.shape == (0, *one.scales.shape[1:])
 
 
 def test_no_experts_at_all():

@@ -181,9 +181,10 @@ def test_sums_of_weighted_rows():
 def test_rows_without_a_place_are_nan():
     recv = received(1, 2, 2, 2, 0)
     lists = recv.group(1)
-    lists.positions.copy_(torch.tensor([[0, -2], [1, -1]]))
-    total = weighted_sums(torch.ones(4, 64), lists, 0, 2)
-    assert total[0].isnan().all() and total[1].isfinite().all()
+    for lost in (-2, 4, 2**31 - 1):
+        lists.positions.copy_(torch.tensor([[0, lost], [1, -1]]))
+        total = weighted_sums(torch.ones(4, 64), lists, 0, 2)
+        assert total[0].isnan().all() and total[1].isfinite().all()
 
 
 def test_lists_of_another_round_are_refused():

@@ -210,3 +210,59 @@ def test_experts_of_another_exchange_are_refused_at_once():
             MoELayer(a2a, experts=few)
         with pytest.raises(GeometryError, match="hold 3 experts: rank 0 owns 4"):
             MoELayer(spec(), None, few)
+
+
+@pytest.mark.parametrize(
+    "made", [None, 7, (), (torch.zeros(3),), (1, 2, 3), (None, None)], ids=repr
+)
+def test_what_experts_return_is_looked_at(made):
+    class Groups:
+        def grouped_rows(self, recv):
+            return made
+
+        def __call__(self, recv, *, out):
+            raise AssertionError("grouped_rows goes first")
+
+    with AllToAll(spec(), backend="shm") as a2a:
+        for given, text in (
+            (lambda recv, out: made, "y .W, R, H., or"),
+            (Groups(), "expected .rows"),
+        ):
+            with pytest.raises(PayloadError, match=f"the experts returned .*{text}"):
+                MoELayer(a2a, None, given)(X, ROUTER, IDS)
+            assert a2a.phase == "dispatched"
+            a2a.reset()
+
+
+def test_grouped_rows_that_are_no_method():
+    class Groups:
+        grouped_rows = 7
+
+        def __call__(self, recv, *, out):
+            return out
+
+    with pytest.raises(GeometryError, match=r"experts\.grouped_rows=7: must be a method"):
+        MoELayer(spec(), None, Groups())
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_quantized_combine_gives_bf16_of_experts_with_fp32(grouped):
+    def wide(recv, *, out):
+        if not grouped:
+            return 2 * recv.dequantize()
+        lists = recv.group(4)
+        return recv.gather(lists)[0].float() * 2, lists
+
+    with MoELayer(spec(combine_wire="mxfp8"), None, wide) as layer:
+        out = torch.full((T, H), torch.nan, dtype=torch.bfloat16)
+        found = layer(X, ROUTER, IDS, shared=X)
+        assert found.dtype == torch.bfloat16
+        assert layer(X, ROUTER, IDS, shared=X, out=out) is out
+        assert torch.equal(out, found)
+        assert (found - X)[(IDS >= 0).any(1)].abs().sum() > 1
+
+
+def test_experts_with_parameters_record_no_gradient():
+    module = torch.nn.Linear(H, H, dtype=torch.bfloat16)
+    with MoELayer(spec(), None, lambda recv, out: module(recv.dequantize(torch.bfloat16))) as layer:
+        assert not layer(X, ROUTER, IDS).requires_grad

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_a2a import AllToAll, PrepareFinalize, Spec
-from moe_a2a.errors import GeometryError, PayloadError
+from moe_a2a.errors import GeometryError, PayloadError, StateError
 from tests.formats_cases import raw
 
 T, H = 5, 64
@@ -114,6 +114,13 @@ def check_finalized(backend, factor, with_shared):
             assert into is None or got is into
             assert got.dtype == torch.bfloat16
             assert np.array_equal(got.float().numpy(), wanted), "also where out is shared"
+
+
+def test_finalize_wants_a_dispatch_whatever_it_is_given(backend):
+    with opened(backend) as a2a:
+        for more in ({}, {"shared": torch.zeros(3, 5)}, {"routed_scaling_factor": "x"}):
+            with pytest.raises(StateError, match="finalize in phase 'idle': dispatch comes first"):
+                PrepareFinalize(a2a).finalize(torch.zeros(1), **more)
 
 
 def test_a_wrong_shared_is_refused_before_anything_is_sent(backend):
