@@ -80,8 +80,8 @@ class Received:
     def group(self, align: int = 128) -> Grouped:
         """Lists the rows by local expert, each expert's from a multiple of ``align`` on.
 
-        Local copies. On CUDA three kernels on the current stream and no wait of the host, so that
-        a graph may hold it. A row that names an expert twice is listed once per choice.
+        Local copies. On CUDA at most three kernels on the current stream and no wait of the host,
+        so that a graph may hold it. A row that names an expert twice is listed once per choice.
 
         Raises:
             GeometryError: ``align`` is no integer >= 1, or makes the list longer than 2**31 - 1.

@@ -25,6 +25,7 @@ from moe_a2a.experts import (
 from moe_a2a.experts.four_bits import arrange
 from moe_a2a.experts.mxfp4_w4a4 import Mxfp4W4A4
 from moe_a2a.experts.tiles import Tile, Tiles
+from moe_a2a.formats import FORMATS
 from moe_a2a.grouped import Choices, Grouped, listed, weighted_sums
 from tests import oracle_experts as oracle
 from tests import oracle_formats as wires
@@ -272,6 +273,39 @@ def foreseen(spec, held, name, rule="ceil", gs=(1.0, 1.0), ids=IDS, x=None, rout
     seen = oracle.hardware(name, name, held.w13.format, spec.wire, gs, rule)
     ids = np.where((np.array(ids) >= 0) & (np.array(ids) < E), ids, -1)
     return oracle.run(layer_of(held), x, ids, router.numpy(), seen)[0]
+
+
+@pytest.mark.parametrize("hidden", [128, 1280])
+@pytest.mark.parametrize("wire", wires.WIRES)
+def test_rows_are_decoded_to_the_bit(wire, hidden):
+    """Of every byte that a payload and its scales can have; padding rows stay as memory was."""
+    from moe_a2a.experts.triton_decode import as_bf16
+
+    spec = Spec(2, E, 3, hidden, T, wire=wire)
+    rng = np.random.default_rng(hidden)
+    form = FORMATS[wire]
+    width = form.payload_width(hidden, 128) * form.payload_dtype.itemsize
+    x = torch.from_numpy(rng.integers(0, 256, (2, T, width), dtype=np.uint8)).to(DEVICE)
+    scales = None
+    if form.scale_dtype is not None:
+        drawn = rng.integers(0, 256, (2, T, form.scale_width(hidden, 128)), dtype=np.uint8)
+        scales = torch.from_numpy(drawn)
+        if form.scale_dtype == torch.float32:
+            scales = torch.exp2(scales.float() - 127) * 1.1
+        scales = scales.to(DEVICE)
+    ids = torch.zeros((2, T, 3), dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([T, 2], dtype=torch.int32, device=DEVICE)
+    for gs in (None, torch.tensor(0.37, device=DEVICE))[: 1 + (wire == "nvfp4")]:
+        rows = x.view(form.payload_dtype)
+        recv = Received(rows, scales, ids, ids.float(), counts, {}, gs, spec, 0, deferred=False)
+        wanted = recv.dequantize(torch.bfloat16)[..., :hidden].cpu()
+        got = as_bf16(recv).view(2, T, -1)[..., :hidden].cpu()
+        for source, count in enumerate(counts.tolist()):
+            mine, theirs = got[source, :count], wanted[source, :count]
+            nan = theirs.isnan()
+            assert torch.equal(mine.isnan(), nan)
+            bits = [rows.view(torch.int16).masked_fill(nan, 0) for rows in (mine, theirs)]
+            assert torch.equal(*bits)
 
 
 @pytest.mark.parametrize("wire", wires.WIRES)

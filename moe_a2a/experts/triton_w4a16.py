@@ -121,20 +121,20 @@ class TritonW4A16:
             shape = (*recv.topk_ids.shape[:2], self.hidden_dim_unpadded)
             out = torch.empty(shape, dtype=output_dtype(self.spec), device=recv.x.device)
         dtype = rows_dtype(out.dtype)
-        return self._experts(_plain(recv), recv, out, dtype=dtype, tiles=self.tiles)
+        return self._experts(self._decoded(recv), recv, out, dtype=dtype, tiles=self.tiles)
 
     @torch.no_grad()
     def grouped_rows(self, recv: Received) -> tuple[Tensor, Grouped]:
         """As `moe_a2a.experts.base.GroupsRows`."""
         recv = check_call(self.spec, recv, self._experts, None)
         dtype = rows_dtype(output_dtype(self.spec))
-        return self._experts.rows(_plain(recv), recv, dtype, tiles=self.tiles)
+        return self._experts.rows(self._decoded(recv), recv, dtype, tiles=self.tiles)
 
+    @staticmethod
+    def _decoded(recv: Received) -> Tensor:
+        from moe_a2a.experts.triton_decode import as_bf16
 
-def _plain(recv: Received) -> Tensor:
-    """bf16 [W*R, H or more]"""
-    plain = recv.x.dtype == torch.bfloat16
-    return (recv.x if plain else recv.dequantize(torch.bfloat16)).flatten(0, 1)
+        return as_bf16(recv)
 
 
 def other_format(weights: ExpertWeights) -> str | None:

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from moe_a2a.experts import tiles
+from moe_a2a.formats import FORMATS
 from tests.triton_builds import built, loop_of
 
 ARCHITECTURES = {90: "sm_90a", 100: "sm_100a"}
@@ -105,6 +106,25 @@ def test_the_sum_has_no_fused_multiply_add(arch, rows):
     made = built(weighted_sum, types, constants, arch=arch, warps=4)
     assert "mul.f32" in made.ptx.replace(".rn", "")
     assert "fma" not in made.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("wire", [wire for wire in FORMATS if wire != "bf16"])
+def test_decoding_rows(arch, wire):
+    from moe_a2a.experts.triton_decode import decode_rows
+
+    payload, scales = "*fp16" if wire == "fp16" else "*u8", "*fp32" if wire[:3] == "fp8" else "*u8"
+    types = {"payload": payload, "scales": scales, "counts": "*i32", "out": "*bf16", "rows": "i32",
+             "payload_stride": "i32", "scales_stride": "i32"}  # fmt: skip
+    constants = {"hidden": 7168, "wire": wire, "per_scale": 0 if wire == "fp8" else 32,
+                 "block": 2048, "global_scale": None}  # fmt: skip
+    if wire == "nvfp4":
+        types["global_scale"] = "*fp32"
+        del constants["global_scale"]
+    made = built(decode_rows, types, constants, arch=arch, warps=4)
+    assert (made.target, made.stack) == (ARCHITECTURES[arch], 0)
+    assert "ftz" not in made.ptx  # codes in place are subnormal
+    assert ("div.rn.f32" in made.ptx) == (wire == "nvfp4")
 
 
 def scaled(arch, block_k=256, warps=8):
