@@ -86,8 +86,8 @@ def decode_rows(
 ):  # fmt: skip
     """out bf16 [W*rows, hidden] of the rows below ``counts`` [W] of their source.
 
-    payload: fp16, or the bytes of a row; scales: fp32 or bytes, one for ``per_scale`` columns, or for a
-    row (0); global_scale: fp32 scalar or None.
+    payload: fp16, or the bytes of a row; scales: fp32 or bytes, one for ``per_scale`` columns, or
+    for a row (0); global_scale: fp32 scalar or None.
     """
     row = tl.program_id(0)
     if row % rows >= tl.load(counts + row // rows):
