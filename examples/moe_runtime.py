@@ -143,7 +143,7 @@ def ready(path: Path, form: str) -> None:
             stored = dict(torch.load(path, mmap=True, weights_only=True))
         layers = stored["layers"]
         held = [form for form, name in NAMES.items() if all(name in tensors for tensors in layers)]
-        whole = stored["embedding"].shape == (VOCABULARY, H) and len(layers) == LAYERS
+        whole = stored["embedding"].shape == (VOCABULARY, H) and len(layers) > 0
     except Exception:  # truncated, or anything else: torch raises a dozen kinds
         whole = False
     if not whole or not held:
@@ -301,8 +301,7 @@ def compare(
 ) -> bool:
     """Says what came out; whether all of it is within the tolerance."""
     good = True
-    what = f"{E} experts in {options.weights}, wire {options.wire}, {options.ep_size} ranks"
-    say(f"{LAYERS} layers, {what}")
+    say(f"{E} experts in {options.weights}, wire {options.wire}, {options.ep_size} ranks")
     for parts, want in zip(zip(*gathered, strict=True), wanted, strict=True):
         got = torch.cat(parts)
         off = float(((got - want).abs() / (1 + want.abs())).max())

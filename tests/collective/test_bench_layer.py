@@ -49,11 +49,11 @@ def test_a_wrong_argument_is_one_sentence_and_exit_code_2():
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_no_expert_backend_is_left():
+def test_experts_of_another_device_are_a_wrong_argument():
     done = run("--layer", *TINY, "--expert-backend", "flashinfer_sm90")
-    assert done.returncode == 1
-    assert "no expert backend is left" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert "flashinfer_sm90: computes with cuda tensors" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def spoiled_experts(before):

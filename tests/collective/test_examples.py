@@ -164,6 +164,19 @@ def test_runtime_refuses_a_file_that_is_not_what_was_asked_for(
     file = tmp_path / "moe.pt"
     runtime.write_checkpoint(file, "nvfp4")
     assert refused("--file", file).endswith("it holds nvfp4 weights, not mxfp4")
+    whole = "not a whole checkpoint of this example"
+    stored = torch.load(file, weights_only=True)
+    mixed = [*stored["layers"][:1], {"gate_up_proj_blocks": stored["embedding"]}]
+    for other in (torch.zeros(3), {}, {**stored, "layers": []}, {**stored, "layers": mixed}):
+        other_file = tmp_path / "other.pt"
+        torch.save(other, other_file)
+        assert refused("--file", other_file, "--weights", "nvfp4").endswith(whole)
+
+    def full(*given):
+        raise RuntimeError("enforce fail: the disk is full\nand a stack")
+
+    monkeypatch.setattr(runtime, "write_checkpoint", full)
+    assert refused("--file", tmp_path / "new.pt").endswith("enforce fail: the disk is full")
     file.write_bytes(file.read_bytes()[:-1000])
     assert refused("--file", file, "--weights", "nvfp4").endswith(
         "not a whole checkpoint of this example"
