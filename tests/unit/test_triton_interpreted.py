@@ -11,6 +11,7 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.triton_cases import *  # noqa: F403
+    from tests.triton_layers import *  # noqa: F403
     from tests.triton_w4a4_cases import *  # noqa: F403
 else:
 
