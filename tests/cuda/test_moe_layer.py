@@ -13,8 +13,6 @@ pytest.importorskip("triton", reason="triton is not installed (extra `cuda`)")
 
 from moe_a2a import MoELayer, Spec
 from moe_a2a.experts.emulated import Emulated
-from moe_a2a.experts.mxfp4_w4a4 import Mxfp4W4A4
-from moe_a2a.experts.triton_w4a16 import TritonW4A16
 from tests import oracle_experts as oracle
 from tests.collective.layers import Case, plain
 from tests.collective.places import meet
@@ -23,16 +21,9 @@ from tests.collective.whole_layers import play_layer
 from tests.cuda.playing import GPU, InTurn, in_turn, run_streams
 from tests.cuda.test_graphs import graph_of
 from tests.oracle_formats import WIRES
+from tests.triton_layers import w4a4, w4a16
 
 E, H, T = 6, 128, 12
-
-
-def w4a16(spec, place, held, *, activations):
-    return TritonW4A16(spec, place, held)
-
-
-def w4a4(spec, place, held, *, activations):
-    return Mxfp4W4A4(spec, place, held)
 
 
 def play_in_turn(ranks, case, kind=Emulated):
