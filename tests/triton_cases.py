@@ -277,8 +277,8 @@ def foreseen(spec, held, name, rule="ceil", gs=(1.0, 1.0), ids=IDS, x=None, rout
 
 @pytest.mark.parametrize("hidden", [128, 1280])
 @pytest.mark.parametrize("wire", wires.WIRES)
-def test_rows_are_decoded_to_the_bit(wire, hidden):
-    """Of every byte that a payload and its scales can have; padding rows stay as memory was."""
+def test_rows_are_decoded_to_the_bit(wire, hidden, monkeypatch):
+    """Of every byte that a payload and its scales can have; padding rows are not looked at."""
     from moe_a2a.experts.triton_decode import as_bf16
 
     spec = Spec(2, E, 3, hidden, T, wire=wire)
@@ -299,7 +299,10 @@ def test_rows_are_decoded_to_the_bit(wire, hidden):
         rows = x.view(form.payload_dtype)
         recv = Received(rows, scales, ids, ids.float(), counts, {}, gs, spec, 0, deferred=False)
         wanted = recv.dequantize(torch.bfloat16)[..., :hidden].cpu()
-        got = as_bf16(recv).view(2, T, -1)[..., :hidden].cpu()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", lambda size, **more: torch.full(size, 7.0, **more))
+            got = as_bf16(recv).view(2, T, -1)[..., :hidden].cpu()
+        assert wire == "bf16" or (got[1, 2:] == 7).all(), "padding was decoded"
         for source, count in enumerate(counts.tolist()):
             mine, theirs = got[source, :count], wanted[source, :count]
             nan = theirs.isnan()

@@ -196,8 +196,8 @@ const char* combine(Endpoint& e, GroupedLaunch& p, bool grouped, cudaStream_t st
   const int64_t rows = std::max(e.max_rows * targets, e.tokens), room = 16 * movers(e.blocks);
   const auto runs_of = [&](int run) { return (steps + run - 1) / run; };
   CombineRuns runs{1, 1};
-  // Two short sums wait less for their rows than a long one.
-  if (rows * runs_of(1) > (grouped ? 2 * room : room))
+  // Two short sums of plain rows wait less for them than a long one.
+  if (rows * runs_of(1) > (grouped && !scaled ? 2 * room : room))
     runs = grouped ? longest_grouped_runs(chunks) : CombineRuns{2, 2};
   const bool divided = e.blocks > 1 && rows * runs_of(2) > kRoundsTogether * room;
   if (divided) {

@@ -24,8 +24,6 @@ const char* launch_group(const GroupArgs& a, uint32_t* scratch, int64_t segments
                          cudaStream_t stream) {
   GroupLaunch p{};
   p.a = a;
-  p.totals = scratch;
-  p.table = scratch + a.experts;
   const bool one_block = segments == 0;
   if (one_block) segments = kOneBlockWarps;
   p.segments = static_cast<int32_t>(segments);
@@ -37,6 +35,8 @@ const char* launch_group(const GroupArgs& a, uint32_t* scratch, int64_t segments
     const int bytes = a.experts * (kOneBlockStride + 1) * 4;
     return launch(list_kernel(), 1, kOneBlockWarps * 32, bytes, p, stream);
   }
+  p.totals = scratch;
+  p.table = scratch + a.experts;
   const int shared = a.experts <= kSharedExperts ? a.experts * 4 : 0;
   const int64_t scans = (int64_t{a.experts} * 32 + kScanThreads - 1) / kScanThreads;
   if (const char* error = launch(count_kernel(), segments, 32, shared, p, stream)) return error;

@@ -5,11 +5,11 @@ The collective tests run on this backend too, in processes. T tokens of a rank, 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="triton is not installed (extra `cuda`)")
 
 from moe_a2a import MoELayer, Spec
 from moe_a2a.experts.emulated import Emulated
@@ -26,11 +26,17 @@ from tests.triton_layers import w4a4, w4a16
 E, H, T = 6, 128, 12
 
 
+NEEDS = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (extra `cuda`)"
+)
+KINDS = [Emulated, *(pytest.param(kind, marks=NEEDS) for kind in (w4a16, w4a4))]
+
+
 def play_in_turn(ranks, case, kind=Emulated):
     return play_layer(ranks, "nvlink", case, kind, InTurn)
 
 
-@pytest.mark.parametrize("kind", [Emulated, w4a16, w4a4])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wire", WIRES)
 def test_every_wire_against_float64(wire, kind):
     for back in ("fp32", "bf16", "mxfp8"):
@@ -40,7 +46,13 @@ def test_every_wire_against_float64(wire, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "weight"), [(Emulated, "bf16"), (Emulated, "mxfp4"), (w4a16, "mxfp4"), (w4a4, "mxfp4")]
+    ("kind", "weight"),
+    [
+        (Emulated, "bf16"),
+        (Emulated, "mxfp4"),
+        pytest.param(w4a16, "mxfp4", marks=NEEDS),
+        pytest.param(w4a4, "mxfp4", marks=NEEDS),
+    ],
 )
 def test_any_number_of_ranks_gives_what_one_does(kind, weight):
     case = Case("mxfp8", weight, top_k=1, combine_wire="bf16", defer=kind is w4a4)

@@ -131,13 +131,35 @@ def test_phases_are_of_the_rank_that_the_others_wait_for():
     assert [rank["finalize_us"]["median"] for rank in case["per_rank"]] == [20.0, 75.0]
 
 
-def test_a_point_ends(monkeypatch):
-    """Phases that take long are timed less often; each of them is the time between two calls."""
-    now, dones = [0], []
-    monkeypatch.setattr(layer_timing.time, "perf_counter_ns", lambda: now[0])
+@pytest.fixture
+def alone(monkeypatch):
+    """One rank, of no group."""
     monkeypatch.setattr(layer_timing.dist, "all_reduce", lambda *given, **more: None)
     monkeypatch.setattr(layer_timing.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(layer_timing.dist, "all_gather_object", lambda *given: None)
+
+
+@pytest.fixture
+def device_clock(monkeypatch):
+    """Milliseconds of a device that only the calls move, for events to note."""
+    now = [0.0]
+
+    class Event:
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(layer_timing, "_event", Event)
+    monkeypatch.setattr(layer_timing.torch.cuda, "synchronize", lambda: None)
+    return now
+
+
+def test_a_point_ends(monkeypatch, alone):
+    """Phases that take long are timed less often; each of them is the time between two calls."""
+    now, dones = [0], []
+    monkeypatch.setattr(layer_timing.time, "perf_counter_ns", lambda: now[0])
 
     def phase(microseconds):
         def call():
@@ -160,16 +182,8 @@ def test_a_point_ends(monkeypatch):
     assert found.iterations == 100, "0.3 ms of rounds of 3 us"
 
 
-def test_on_gpus_the_first_round_behind_a_start_is_not_counted(monkeypatch):
-    """Events of a clock that only the calls move."""
-    now, lines = [0.0], []
-
-    class Event:
-        def record(self):
-            self.at = now[0]
-
-        def elapsed_time(self, later):
-            return later.at - self.at  # milliseconds
+def test_on_gpus_the_first_round_behind_a_start_is_not_counted(device_clock):
+    now, lines = device_clock, []
 
     def phase(milliseconds):
         def call():
@@ -181,8 +195,6 @@ def test_on_gpus_the_first_round_behind_a_start_is_not_counted(monkeypatch):
         lines.append(now[0])
         now[0] += 100
 
-    monkeypatch.setattr(layer_timing, "_event", Event)
-    monkeypatch.setattr(layer_timing.torch.cuda, "synchronize", lambda: None)
     slow = iter([9.0] + [1.0] * 7 + [9.0] + [1.0] * 7)
 
     def first():
@@ -191,6 +203,34 @@ def test_on_gpus_the_first_round_behind_a_start_is_not_counted(monkeypatch):
     found = layer_timing._on_device([first, phase(2), phase(3)], 10, line)
     assert found == [[1_000_000, 2_000_000, 3_000_000]] * 14
     assert len(lines) == 2
+
+
+def test_graphs_are_timed_without_their_launches(monkeypatch, device_clock, alone):
+    """Launching one takes half a millisecond here, and the whole layer is one of them."""
+    now, played = device_clock, []
+
+    class Graph:
+        def __init__(self, call):
+            self.call = call
+
+        def replay(self):
+            now[0] += 0.5
+            self.call()
+
+    def phase(milliseconds):
+        def call():
+            now[0] += milliseconds
+            played.append(milliseconds)
+
+        return call
+
+    monkeypatch.setattr(layer_timing, "capture", Graph)
+    phases = [phase(part) for part in (1, 4, 2)]
+    (found,) = measure_layer(phases, Effort(10, 0.0, 2), lambda: None, captured=True)
+    medians = [getattr(found, part).median for part in ("prepare", "experts", "finalize", "layer")]
+    assert medians == [1000.0, 4000.0, 2000.0, 7000.0]
+    assert found.captured
+    assert played[-3:] == [1, 4, 2], "the last thing that runs is a whole layer"
 
 
 def test_table_and_figure(capsys):
