@@ -85,8 +85,8 @@ def play_layers(ranks, backend, compiler, wire):
 @pytest.mark.parametrize(
     ("backend", "compiler"),
     [
-        pytest.param("shm", "eager", marks=pytest.mark.slow),
-        ("shm", "inductor"),
+        ("shm", "eager"),
+        pytest.param("shm", "inductor", marks=pytest.mark.slow),
         ("collective", "aot_eager"),
     ],
 )
