@@ -49,13 +49,6 @@ def test_a_wrong_argument_is_one_sentence_and_exit_code_2():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_experts_of_another_device_are_a_wrong_argument():
-    done = run("--layer", *TINY, "--expert-backend", "flashinfer_sm90")
-    assert done.returncode == 2
-    assert "flashinfer_sm90: computes with cuda tensors" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 def spoiled_experts(before):
     """Right experts that forget the router's weights."""
 
